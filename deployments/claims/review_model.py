@@ -1,0 +1,44 @@
+"""The language model as a reviewer sees it: prompt in, text out. The engine stands behind it, or a double."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from deployments.claims.prompt import LabelledPrompt
+
+# Where a prompt token's KV came from.
+ORIGINS = ("decode_cache", "prefill_cache", "prefill_computed", "decode_computed")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What came back. `finish_reason` is `stop` for a whole answer; times in seconds from the call."""
+
+    text: str
+    finish_reason: str
+    usage: Usage = Usage()
+    prompt_tokens_by_origin: Mapping[str, int] = field(default_factory=dict)
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    pushed_bytes: int = 0
+
+
+class ReviewModel(Protocol):
+    async def generate(
+        self,
+        prompt: LabelledPrompt,
+        *,
+        json_schema: Mapping[str, object] | None,
+        max_tokens: int,
+        request_id: str,
+    ) -> Generation:
+        """Generate under the schema, greedily. Any exception means that there is no answer."""
+        ...
