@@ -1,0 +1,163 @@
+"""The deployment's configuration: one YAML file, checked once, frozen. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+MAX_CONFIG_BYTES = 1 << 20
+BUNDLED = Path(__file__).parent / "configs"
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used. The message names file, key and fault."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class ModelSection(_Section):
+    """Which checkpoint is served, and in which arithmetic."""
+
+    name: str = Field(min_length=1, description="catalogue name, .gguf file or checkpoint directory")
+    served_name: str = Field(min_length=1)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    max_model_len: int = Field(default=8192, ge=16)
+
+
+class EngineSection(_Section):
+    """Step budget and block geometry, the same on both pools."""
+
+    backend: Literal["torch"] = "torch"
+    block_size: int = Field(default=16, ge=1, le=256)
+    max_num_batched_tokens: int = Field(default=512, ge=1)
+    max_num_seqs: int = Field(default=32, ge=1)
+    max_prefill_chunk: int = Field(default=256, ge=1)
+    max_waiting: int = Field(default=256, ge=1)
+    case_idle_ttl_s: float = Field(default=900.0, gt=0)
+
+
+class PoolSection(_Section):
+    """One pool of replicas."""
+
+    replicas: int = Field(default=1, ge=1, le=1000)
+    num_blocks: int = Field(ge=8)
+    num_threads: int = Field(default=1, ge=1)
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels a replica needs")
+
+
+class TransferSection(_Section):
+    """How KV blocks move from prefill to decode."""
+
+    mode: Literal["push"] = "push"
+    ticket_ttl_s: float = Field(default=60.0, gt=0)
+    write_timeout_s: float = Field(default=10.0, gt=0)
+    handoff_timeout_s: float = Field(default=60.0, gt=0)
+    fence_timeout_s: float = Field(default=30.0, gt=0)
+
+
+class RoutingSection(_Section):
+    """Admission and choice of replica."""
+
+    local_prefill_max_tokens: int = Field(default=64, ge=0, description="an uncached tail this short stays on decode")
+    max_inflight_requests: int = Field(default=64, ge=1)
+    choose_timeout_s: float = Field(default=10.0, gt=0)
+    reserve_timeout_s: float = Field(default=30.0, gt=0)
+    request_timeout_s: float = Field(default=300.0, gt=0)
+    affinity_max_imbalance: int = Field(default=4, ge=0)
+
+
+class IngressSection(_Section):
+    """The HTTP edge."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.5, ge=0)
+    max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    labels: dict[str, str] = Field(default_factory=dict)
+
+
+class TrustSection(_Section):
+    """Files that hold the keys. `create_missing` is for one machine only: it makes them at first start."""
+
+    keys_file: Path = Field(strict=False)  # YAML has no paths, only strings
+    master_key_file: Path = Field(strict=False)
+    create_missing: bool = False
+
+
+class ClaimsSection(_Section):
+    """How claims are reviewed."""
+
+    plan: str = Field(default="synthetic-ppo", pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
+    max_tokens: int = Field(default=320, ge=16)
+    max_concurrent_reviews: int = Field(default=16, ge=1)
+    max_claims_per_call: int = Field(default=100, ge=1)
+
+
+class ZoneserveConfig(_Section):
+    """A whole deployment."""
+
+    mode: Literal["disaggregated", "monolithic"] = "disaggregated"
+    model: ModelSection
+    engine: EngineSection = EngineSection()
+    prefill: PoolSection
+    decode: PoolSection
+    transfer: TransferSection = TransferSection()
+    routing: RoutingSection = RoutingSection()
+    ingress: IngressSection = IngressSection()
+    trust: TrustSection
+    claims: ClaimsSection = ClaimsSection()
+
+    @model_validator(mode="after")
+    def _pools_can_hold_one_request(self) -> Self:
+        for name in ("prefill", "decode"):
+            pool: PoolSection = getattr(self, name)
+            slots = pool.num_blocks * self.engine.block_size
+            if slots < self.model.max_model_len:
+                raise ValueError(
+                    f"{name}.num_blocks holds {slots} tokens, fewer than model.max_model_len "
+                    f"{self.model.max_model_len}: a longest request could never run"
+                )
+        if self.engine.max_num_batched_tokens < self.engine.max_num_seqs:
+            raise ValueError("engine.max_num_batched_tokens must give each of max_num_seqs decodes its token")
+        return self
+
+
+def load_config(path: Path) -> ZoneserveConfig:
+    """Read, check and freeze one YAML file; relative paths in it are taken from the working directory.
+
+    Raises:
+        ConfigError: Not readable, not YAML, an unknown key or a value out of range; names the key.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: the top level must be a mapping")
+    return parse_config(document, source=str(path))
+
+
+def parse_config(document: dict[str, object], *, source: str = "config") -> ZoneserveConfig:
+    """Check a parsed document. Raises ConfigError as `load_config`."""
+    try:
+        return ZoneserveConfig.model_validate(document)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc']) or 'top level'}: {fault['msg']}" for fault in error.errors()
+        )
+        raise ConfigError(f"{source}: {faults}") from error

@@ -1,0 +1,173 @@
+"""The decode replica: orchestrates the handoff, decodes, streams. It knows which blocks it already holds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from deployments.config import ZoneserveConfig
+from deployments.engine_host import EngineStopped
+from deployments.errors import BadRequest, InternalFault, NoCapacity
+from deployments.handoff import DecodeHandoff
+from deployments.messages import GenerateCall, Provenance, TokenEvent, TokenLogprob
+from deployments.replica import EngineReplica
+from engine.engine import RequestOutput, Reservation
+from engine.errors import EngineError, QueueFullError, RequestError
+from engine.request import FinishReason, Request
+from engine.sampler import SampledToken
+from transfer.handoff import HandoffReceiver
+from transfer.ticket import TicketSealer
+
+logger = logging.getLogger("ray.serve.zoneserve.decode")
+
+RESERVE_POLL_S = 0.02
+
+
+class DecodeReplica(EngineReplica):
+    """One replica of the decode pool. Without a prefill pool it computes prompts itself."""
+
+    role = "decode"
+
+    def __init__(self, config: ZoneserveConfig, model_path: str, prefill: Any | None) -> None:
+        super().__init__(config, config.decode, model_path)
+        self._prefill = prefill
+        self._receiver = HandoffReceiver(
+            self.connector,
+            TicketSealer(self.transfer_key, time.time),
+            self.transfer_key,
+            weights_digest=self.runner.weights_digest,
+            generations_of=self._engine.generations,
+        )
+        self._reserving = asyncio.Lock()
+
+    async def generate(self, call: GenerateCall) -> AsyncIterator[TokenEvent]:
+        """Tokens of one sequence as they come. Cancelling it frees everything on both sides."""
+        request = Request(
+            request_id=call.request_id,
+            prompt_token_ids=call.prompt_token_ids,
+            sampling=call.sampling,
+            zone_spans=call.zone_spans,
+            epoch=call.epoch,
+            priority=call.priority,
+        )
+        stream = self.host.open(request)
+        handoff: DecodeHandoff | None = None
+        try:
+            handoff = await self._start(request)
+            async for output in stream:
+                yield self._event(output, request, handoff, stream.queue_s)
+        except (RequestError, NoCapacity, QueueFullError, EngineError, EngineStopped) as error:
+            yield TokenEvent(error=_describe(error))
+        finally:
+            self.host.close(call.request_id)
+            if handoff is not None:
+                self.in_background(_settle(handoff))
+
+    async def _start(self, request: Request) -> DecodeHandoff | None:
+        """Queue the request here, or reserve its blocks and hand its prompt to prefill."""
+        if self._prefill is None:
+            await self.host.add(request)
+            return None
+        num_cached = await self.host.call(lambda engine: engine.num_cached_prompt_tokens(request))
+        if len(request.prompt_token_ids) - num_cached <= self.config.routing.local_prefill_max_tokens:
+            await self.host.add(request)
+            return None
+        return DecodeHandoff(
+            request=request,
+            reservation=await self._reserve(request),
+            prefill=self._prefill,
+            receiver=self._receiver,
+            host=self.host,
+            metrics=self.metrics,
+            config=self.config,
+        )
+
+    async def _reserve(self, request: Request) -> Reservation:
+        """Blocks for the prompt and the expected output, first come first served.
+
+        Raises:
+            NoCapacity: None within `routing.reserve_timeout_s`.
+        """
+        try:
+            async with asyncio.timeout(self.config.routing.reserve_timeout_s), self._reserving:
+                while True:
+                    reservation = await self.host.call(lambda engine: engine.reserve(request))
+                    if reservation is not None:
+                        return reservation
+                    await asyncio.sleep(RESERVE_POLL_S)
+        except TimeoutError:
+            raise NoCapacity("no KV blocks became free on decode") from None
+
+    def _event(
+        self, output: RequestOutput, request: Request, handoff: DecodeHandoff | None, queue_s: float | None
+    ) -> TokenEvent:
+        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            return TokenEvent(error=f"{InternalFault.code}: {output.error or 'the engine ended the request'}")
+        return TokenEvent(
+            token_ids=output.token_ids,
+            text=output.text,
+            logprobs=tuple(self._logprob(token) for token in output.logprobs if token.logprob is not None),
+            finish_reason=None if output.finish_reason is None else output.finish_reason.value,
+            stop_reason=output.stop_reason,
+            provenance=None if output.finish_reason is None else _provenance(output, request, handoff, queue_s),
+        )
+
+    def _logprob(self, token: SampledToken) -> TokenLogprob:
+        def text(token_id: int) -> str:
+            return self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+        top = tuple((token_id, text(token_id), value) for token_id, value in token.top_logprobs)
+        return TokenLogprob(token.token_id, text(token.token_id), token.logprob or 0.0, top)
+
+    def transfer_counts(self) -> Mapping[str, float]:
+        stats = self._receiver.stats()
+        landed = {"landed_bytes": stats.landed_bytes, "landed_blocks": stats.landed_blocks}
+        faults = {f"landing_{name}": count for name, count in stats.ledger.faults.items()}
+        return {**super().transfer_counts(), **landed, **faults, "forged_notices": stats.forged_notices}
+
+
+async def _settle(handoff: DecodeHandoff) -> None:
+    """Until the handoff's blocks are the request's own, or free, or known to stay in quarantine."""
+    await asyncio.wait([handoff.abandon()])
+    if handoff.settling is not None:
+        await asyncio.wait([handoff.settling])
+
+
+def _provenance(
+    output: RequestOutput, request: Request, handoff: DecodeHandoff | None, queue_s: float | None
+) -> Provenance:
+    num_prompt = len(request.prompt_token_ids)
+    origins = {
+        "decode_cache": output.num_cached_tokens,
+        "prefill_cache": 0,
+        "prefill_computed": 0,
+        "decode_computed": output.num_local_prompt_tokens,
+    }
+    if handoff is None:
+        return Provenance(origins, recomputed_tokens=output.num_recomputed_tokens, queue_s=queue_s)
+    remote = num_prompt - output.num_cached_tokens - output.num_local_prompt_tokens
+    if handoff.first_token is not None:
+        queue_s = handoff.first_token.queue_s
+        origins["prefill_cache"] = min(remote, max(0, handoff.first_token.num_cached_tokens - output.num_cached_tokens))
+    origins["prefill_computed"] = remote - origins["prefill_cache"]
+    return Provenance(
+        origins=origins,
+        recomputed_tokens=output.num_recomputed_tokens,
+        pushed_bytes=handoff.receipt.num_bytes if handoff.receipt else 0,
+        pushed_blocks=handoff.receipt.num_blocks if handoff.receipt else 0,
+        handoff_s=handoff.seconds,
+        queue_s=queue_s,
+        fallback=handoff.fallback,
+    )
+
+
+def _describe(error: Exception) -> str:
+    """The error as the ingress reads it: code, then the sentence."""
+    if isinstance(error, RequestError):
+        return f"{BadRequest.code}: {error}"
+    if isinstance(error, NoCapacity | QueueFullError):
+        return f"{NoCapacity.code}: {error}"
+    return f"{InternalFault.code}: {type(error).__name__}"

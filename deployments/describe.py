@@ -1,0 +1,52 @@
+"""What a configuration would deploy, as a table: replicas, memory, limits. Starts nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from deployments.config import PoolSection, ZoneserveConfig
+from deployments.settings import read_settings
+from engine import model_store
+from engine.checkpoint import load_checkpoint
+from engine.kv_cache import KVCacheLayout
+
+MIB = 1 << 20
+
+
+def describe(config: ZoneserveConfig, source: Path) -> RenderableType:
+    """
+    Raises:
+        CheckpointError: The model is not in the cache or cannot be served.
+    """
+    path = model_store.resolve(config.model.name, read_settings().model_cache)
+    model = load_checkpoint(path).config
+    layout = KVCacheLayout(
+        model.num_layers, model.num_kv_heads, model.head_dim, config.engine.block_size, config.model.dtype
+    )
+    facts = Table(show_header=False, title=f"{source}: valid")
+    facts.add_row("mode", config.mode)
+    facts.add_row("model", f"{config.model.served_name} ({model.architecture}, {config.model.dtype}) from {path}")
+    facts.add_row("context", f"{config.model.max_model_len} tokens")
+    facts.add_row("KV block", f"{config.engine.block_size} tokens, {layout.block_bytes // 1024} KiB")
+    facts.add_row("KV layout", layout.fingerprint()[:16])
+    facts.add_row("endpoint", f"http://{config.ingress.host}:{config.ingress.port}")
+    facts.add_row("in flight at most", f"{config.routing.max_inflight_requests} generations an ingress")
+    pools = Table("role", "replicas", "threads", "KV blocks", "KV memory each", "tokens each", title="would deploy")
+    pools.add_row("ingress", str(config.ingress.replicas), "1", "-", "-", "-")
+    if config.mode == "disaggregated":
+        pools.add_row("prefill", *_pool_cells(config.prefill, layout))
+    pools.add_row("decode", *_pool_cells(config.decode, layout))
+    return Group(facts, pools)
+
+
+def _pool_cells(pool: PoolSection, layout: KVCacheLayout) -> list[str]:
+    return [
+        str(pool.replicas),
+        str(pool.num_threads),
+        str(pool.num_blocks),
+        f"{pool.num_blocks * layout.block_bytes / MIB:.0f} MiB",
+        str(pool.num_blocks * layout.block_size),
+    ]

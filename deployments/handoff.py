@@ -1,0 +1,283 @@
+"""The decode side of one handoff: choose a prefill replica, send the ticket, admit what verifiably landed.
+
+Whatever goes wrong, the request falls back to prefill on this replica, and the reserved blocks stay in
+quarantine until nothing can be written into them any more. The task never waits without a limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray.exceptions import ActorDiedError, RayError
+from ray.serve.exceptions import RayServeException
+
+from deployments.config import ZoneserveConfig
+from deployments.engine_host import EngineHost, EngineStopped
+from deployments.messages import FirstToken, PrefillCall, PrefillRefused, RouteHint
+from deployments.metrics import ReplicaMetrics
+from engine.engine import Engine, Reservation
+from engine.errors import EngineError
+from engine.request import Request, RequestStatus
+from engine.sampler import SampledToken
+from engine.zone import joined_zone
+from transfer.handoff import HandoffReceiver, Landing, LandingReceipt, LandingRefused
+from transfer.protocol import ConnectorClosed, TransferError
+from transfer.quarantine import HandoffFault
+
+logger = logging.getLogger("ray.serve.zoneserve.handoff")
+
+FIRST_TOKEN_GRACE_S = 5.0  # the blocks may land before Ray delivers the token that came first
+STREAM_END_GRACE_S = 10.0
+MAX_SETTLE_ATTEMPTS = 5
+SETTLE_PAUSE_S = 1.0
+
+
+class HandoffFailed(Exception):
+    """The handoff did not come about. `reason` is a label of the fallback counter, `fault` one of the ledger's."""
+
+    def __init__(self, reason: str, fault: HandoffFault = HandoffFault.NOT_SENT) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.fault = fault
+
+
+class DecodeHandoff:
+    """Runs as a task from the reservation until its blocks belong to the request or are free again."""
+
+    def __init__(
+        self,
+        *,
+        request: Request,
+        reservation: Reservation,
+        prefill: Any,
+        receiver: HandoffReceiver,
+        host: EngineHost,
+        metrics: ReplicaMetrics,
+        config: ZoneserveConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._request = request
+        self._reservation = reservation
+        self._prefill_pool = prefill
+        self._prefill = prefill.options(stream=True).prefill
+        self._receiver = receiver
+        self._host = host
+        self._metrics = metrics
+        self._config = config
+        self._clock = clock
+        self._started_s = clock()
+        self._landing: Landing | None = None
+        self._sender = ""
+        self._has_first_token = asyncio.Event()
+        self._first_token_at_s: float | None = None
+        self.first_token: FirstToken | None = None
+        self.receipt: LandingReceipt | None = None
+        self.seconds: float | None = None
+        self.fallback: str | None = None
+        self.settling: asyncio.Task[None] | None = None
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def abandon(self) -> asyncio.Task[None]:
+        """The request is gone from the engine, or soon will be: stop, and free the blocks behind their fence."""
+        if self.receipt is None:
+            self._task.cancel()
+        return self._task
+
+    async def _run(self) -> None:
+        try:
+            await self._attempt()
+        except HandoffFailed as failure:
+            await self._give_up(failure.reason, failure.fault)
+        except LandingRefused as refusal:
+            await self._give_up(str(refusal.fault), None)
+        except (ConnectorClosed, EngineStopped) as error:
+            logger.warning("%s: %s", self._request.request_id, error)
+            await self._give_up("shutdown", HandoffFault.CANCELLED)
+        except asyncio.CancelledError:
+            self._metrics.handoffs.labels("cancelled").inc()
+            self._release_blocks(HandoffFault.CANCELLED)
+        except Exception:
+            logger.exception("%s: the handoff failed unexpectedly", self._request.request_id)
+            await self._give_up("unexpected", None)
+
+    async def _attempt(self) -> None:
+        context = self._prefill.choose_replica(
+            RouteHint(self._request.request_id, len(self._request.prompt_token_ids), 1, b"")
+        )
+        try:
+            async with asyncio.timeout(self._config.routing.choose_timeout_s):
+                selection = await context.__aenter__()
+        except TimeoutError:
+            raise HandoffFailed("no_prefill_replica") from None
+        except (RayError, RayServeException) as error:
+            raise HandoffFailed("prefill_unavailable") from error
+        consumer: asyncio.Task[None] | None = None
+        try:
+            landing = await self._issue(selection.replica_metadata)
+            response = self._prefill.dispatch(selection, self._call(landing))
+            consumer = asyncio.get_running_loop().create_task(self._consume(response))
+            try:
+                await self._land(landing, consumer)
+                await self._complete()
+                await asyncio.wait([consumer], timeout=STREAM_END_GRACE_S)
+            finally:
+                if not consumer.done():
+                    response.cancel()
+        finally:
+            if consumer is not None:
+                consumer.cancel()
+                await asyncio.wait([consumer], timeout=STREAM_END_GRACE_S)
+            await asyncio.shield(_leave(context))
+
+    async def _issue(self, metadata: dict[str, str]) -> Landing:
+        reservation, request = self._reservation, self._request
+        try:
+            self._sender = await self._receiver.connector.connect(base64.b64decode(metadata["handshake"]))
+            self._landing = self._receiver.issue(
+                request_id=request.request_id,
+                zone=joined_zone(request.zone_spans).path,
+                epoch=request.epoch,
+                block_ids=reservation.block_ids,
+                generations=reservation.generations,
+                first_missing_block=reservation.first_missing_block,
+                num_prompt_tokens=len(request.prompt_token_ids),
+                lifetime_s=self._config.transfer.ticket_ttl_s,
+                sender=self._sender,
+            )
+        except (TransferError, KeyError, ValueError) as error:
+            logger.warning("%s: no ticket: %s", request.request_id, error)
+            raise HandoffFailed("prefill_unreachable") from error
+        return self._landing
+
+    def _call(self, landing: Landing) -> PrefillCall:
+        request = self._request
+        return PrefillCall(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=request.sampling,
+            zone_spans=request.zone_spans,
+            epoch=request.epoch,
+            priority=request.priority,
+            sealed_ticket=landing.sealed,
+            handshake=self._receiver.connector.handshake(),
+        )
+
+    async def _consume(self, response: Any) -> None:
+        """Take prefill's events; the first token goes to the client at once."""
+        try:
+            async for event in response:
+                if isinstance(event, PrefillRefused):
+                    raise HandoffFailed(f"refused_{event.reason}")
+                if isinstance(event, FirstToken):
+                    await self._accept(event)
+        except ActorDiedError as error:
+            self._receiver.connector.declare_gone(self._sender)
+            raise HandoffFailed("prefill_died", HandoffFault.PEER_DOWN) from error
+        except (RayError, RayServeException) as error:
+            raise HandoffFailed("prefill_failed", HandoffFault.ABORTED) from error
+
+    async def _accept(self, event: FirstToken) -> None:
+        token = SampledToken(event.token_id, event.logprob, event.top_logprobs)
+        request_id = self._request.request_id
+
+        def accept(engine: Engine) -> None:
+            if self._request.status is RequestStatus.RESERVED:
+                self._host.publish(engine.accept_first_token(request_id, token))
+
+        await self._host.call(accept)
+        self.first_token = event
+        self._first_token_at_s = self._clock()
+        self._has_first_token.set()
+
+    async def _land(self, landing: Landing, consumer: asyncio.Task[None]) -> None:
+        landed = asyncio.get_running_loop().create_task(landing.landed(self._config.transfer.handoff_timeout_s))
+        try:
+            await asyncio.wait([landed, consumer], return_when=asyncio.FIRST_COMPLETED)
+            if not landed.done() and consumer.exception() is not None:
+                consumer.result()  # raises what ended the stream
+            self.receipt = await landed
+        finally:
+            landed.cancel()
+
+    async def _complete(self) -> None:
+        """What landed is verified; the request decodes from here on, unless it has ended meanwhile."""
+        try:
+            async with asyncio.timeout(FIRST_TOKEN_GRACE_S):
+                await self._has_first_token.wait()
+        except TimeoutError:
+            raise HandoffFailed("first_token_lost", HandoffFault.TIMEOUT) from None
+        request = self._request
+
+        def complete(engine: Engine) -> None:
+            if request.status is RequestStatus.RESERVED:
+                engine.complete_handoff(request.request_id)
+            else:
+                engine.release_quarantine(request.request_id)
+
+        await self._host.call(complete)
+        self.seconds = self._clock() - self._started_s
+        self._metrics.handoff.observe(self.seconds)
+        if self._first_token_at_s is not None:
+            self._metrics.landing_wait.observe(self._clock() - self._first_token_at_s)
+        self._metrics.handoffs.labels("landed").inc()
+
+    async def _give_up(self, reason: str, fault: HandoffFault | None) -> None:
+        """Recompute on this replica; the reserved blocks wait for their fence."""
+        self.fallback = reason
+        self._metrics.handoffs.labels("failed").inc()
+        self._metrics.fallbacks.labels(reason).inc()
+        request = self._request
+
+        def fall_back(engine: Engine) -> None:
+            if request.status is RequestStatus.RESERVED:
+                engine.prefill_locally(request.request_id)
+
+        try:
+            await self._host.call(fall_back)
+        except (EngineStopped, EngineError):
+            logger.exception("%s: no fallback", request.request_id)
+        self._release_blocks(fault)
+
+    def _release_blocks(self, fault: HandoffFault | None) -> None:
+        """Free the quarantined blocks, at once where nothing can be written into them, else behind the fence."""
+        request_id, landing = self._request.request_id, self._landing
+
+        def release() -> None:
+            self._host.post(lambda engine: engine.release_quarantine(request_id))
+
+        if landing is None or self.receipt is not None:
+            release()  # no ticket ever left, or the sender has proved that it is done
+            return
+        landing.release_when_fenced(release, fault)
+        if not landing.is_fenced:
+            self.settling = asyncio.get_running_loop().create_task(self._confirm_fence(landing))
+
+    async def _confirm_fence(self, landing: Landing) -> None:
+        """Ask prefill itself: a call that was cancelled before it began sends no notice."""
+        for _ in range(MAX_SETTLE_ATTEMPTS):
+            if landing.is_fenced:
+                return
+            try:
+                async with asyncio.timeout(self._config.transfer.fence_timeout_s):
+                    replies = await self._prefill_pool.broadcast("settle", self._request.request_id).results_async(
+                        return_exceptions=True
+                    )
+            except (TimeoutError, RayError, RayServeException):
+                replies = []
+            for reply in replies:
+                if not isinstance(reply, BaseException) and tuple(reply) == (self._sender, True):
+                    landing.confirm_fence()
+                    return
+            await asyncio.sleep(SETTLE_PAUSE_S)
+        logger.error(
+            "%s: blocks stay in quarantine: prefill %s cannot be asked", landing.ticket.request_id, self._sender
+        )
+
+
+async def _leave(context: Any) -> None:
+    await context.__aexit__(None, None, None)

@@ -1,0 +1,290 @@
+"""The HTTP edge: OpenAI-compatible generation, claim reviews, health and metrics.
+
+Every request: body size and schema checked, credential -> principal -> zone, prompt labelled and
+tokenised once, then admitted or refused. Content never reaches a log.
+
+No deferred annotations here: FastAPI resolves them in a class that Serve ships by value.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from ray import serve
+from starlette.exceptions import HTTPException
+
+from deployments import openai_api as api
+from deployments.client import DecodeClient
+from deployments.config import ZoneserveConfig
+from deployments.errors import BadRequest, InternalFault, ServeError, Unauthorized, UnknownModel
+from deployments.generation import GenerationService, TokenisedPrompt
+from deployments.http import (
+    BodyLimit,
+    bad_request,
+    error_response,
+    event_stream,
+    from_http_exception,
+    read_json,
+    with_first,
+)
+from deployments.metrics import IngressMetrics, exposition, merge_expositions
+from deployments.openai_shapes import ChatShape, CompletionShape
+from deployments.reviews import ReviewService
+from deployments.trust.labelling import unlabelled
+from deployments.trust.principals import Principal, Principals, read_master_key
+from engine.block_hash import derive_key
+from engine.checkpoint import load_checkpoint
+from engine.errors import RequestError
+from engine.grammar import GrammarCompiler
+from engine.request import SamplingParams
+from engine.tokenizer import Tokenizer
+
+logger = logging.getLogger("ray.serve.zoneserve.ingress")
+
+SCRAPE_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 5.0
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def make_app(max_body_bytes: int) -> FastAPI:
+    """The ASGI application whose routes the Ingress deployment fills."""
+    app = FastAPI(title="zoneserve", docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+
+    async def on_serve_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ServeError)
+        return error_response(error)
+
+    async def on_request_error(request: Request, error: Exception) -> Response:
+        return error_response(BadRequest(str(error)))
+
+    async def on_validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ValidationError)
+        return error_response(bad_request(error))
+
+    async def on_http_exception(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return error_response(from_http_exception(error))
+
+    async def on_any_error(request: Request, error: Exception) -> Response:
+        logger.exception("unhandled error")
+        return error_response(InternalFault("internal error"))
+
+    app.add_exception_handler(ServeError, on_serve_error)
+    app.add_exception_handler(RequestError, on_request_error)
+    app.add_exception_handler(ValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(Exception, on_any_error)
+    return app
+
+
+class Ingress:
+    """Routes. One method an endpoint; bound to Serve by `ingress_deployment`."""
+
+    def __init__(self, decode: Any, prefill: Any | None, config: ZoneserveConfig, model_path: str) -> None:
+        self._config = config
+        self._decode = decode
+        self._prefill = prefill
+        checkpoint = load_checkpoint(Path(model_path))
+        self._tokenizer = Tokenizer.from_path(checkpoint.tokenizer_source)
+        self._tokenizer.warm_up()
+        self._grammars = GrammarCompiler(self._tokenizer)
+        self._grammars.warm_up()
+        self._principals = Principals.from_file(config.trust.keys_file)
+        self._metrics = IngressMetrics()
+        master_key = read_master_key(config.trust.master_key_file)
+        self._generation = GenerationService(
+            client=DecodeClient(decode, config.routing, self._metrics),
+            config=config,
+            affinity_key=derive_key(master_key, b"routing-affinity"),
+            metrics=self._metrics,
+        )
+        self._reviews = ReviewService(
+            generation=self._generation,
+            tokenizer=self._tokenizer,
+            config=config,
+            metrics=self._metrics,
+            weights_digest=checkpoint.weights_digest,
+            pseudonym_key=derive_key(master_key, b"member-pseudonym"),
+        )
+
+    # -- generation
+
+    async def chat_completions(self, request: Request) -> Response:
+        arrival = time.monotonic()
+        principal = self._authenticate(request)
+        body = await self._parse(request, api.ChatRequest)
+        messages = [{"role": message.role, "content": message.text()} for message in body.messages]
+        token_ids = await asyncio.to_thread(lambda: self._tokenizer.encode_chat(messages).token_ids)
+        prompt = TokenisedPrompt(tuple(token_ids), unlabelled(len(token_ids), principal.zone))
+        choices = self._choices(body, prompt, body.token_limit, body.num_logprobs)
+        return await self._respond(ChatShape(self._config.model.served_name), body, prompt, choices, arrival)
+
+    async def completions(self, request: Request) -> Response:
+        arrival = time.monotonic()
+        principal = self._authenticate(request)
+        body = await self._parse(request, api.CompletionRequest)
+        token_ids = await asyncio.to_thread(self._prompt_ids, body.prompt)
+        prompt = TokenisedPrompt(tuple(token_ids), unlabelled(len(token_ids), principal.zone))
+        choices = self._choices(body, prompt, body.token_limit, body.num_logprobs)
+        return await self._respond(CompletionShape(self._config.model.served_name), body, prompt, choices, arrival)
+
+    def _prompt_ids(self, prompt: str | list[int] | list[str]) -> list[int]:
+        text = prompt if isinstance(prompt, str) else prompt[0]
+        if isinstance(text, str):
+            token_ids = self._tokenizer.encode(text)
+        else:
+            token_ids = [int(token_id) for token_id in prompt]
+            if not all(0 <= token_id < self._tokenizer.vocab_size for token_id in token_ids):
+                raise BadRequest("a token id lies outside the vocabulary", param="prompt")
+        if not token_ids:
+            raise BadRequest("the prompt has no tokens", param="prompt")
+        return token_ids
+
+    def _choices(
+        self,
+        body: api.ChatRequest | api.CompletionRequest,
+        prompt: TokenisedPrompt,
+        asked: int | None,
+        logprobs: int | None,
+    ) -> list[SamplingParams]:
+        max_tokens = self._generation.token_limit(len(prompt.token_ids), asked)
+        seed = body.seed if body.seed is not None else secrets.randbits(62)
+        sampling = [body.sampling(max_tokens, seed + index, logprobs) for index in range(body.n)]
+        self._tokenizer_check(sampling[0])
+        return sampling
+
+    def _tokenizer_check(self, sampling: SamplingParams) -> None:
+        """Refuse a schema that cannot be compiled before anything is admitted."""
+        if sampling.json_schema is not None:
+            self._grammars.compile(sampling.json_schema)
+
+    async def _respond(
+        self,
+        shape: ChatShape | CompletionShape,
+        body: api.ChatRequest | api.CompletionRequest,
+        prompt: TokenisedPrompt,
+        choices: list[SamplingParams],
+        arrival: float,
+    ) -> Response:
+        if not body.stream:
+            results = await self._generation.complete(prompt, choices, arrival)
+            return JSONResponse(shape.whole(len(prompt.token_ids), results))
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        events = self._generation.stream(prompt, choices, arrival)
+        replay = await with_first(shape.chunks(events, len(prompt.token_ids), include_usage))
+        return event_stream(replay())
+
+    # -- claims
+
+    async def reviews(self, request: Request) -> Response:
+        principal = self._authenticate(request)
+        body = self._reviews.parse(await read_json(request))
+        if not body.stream:
+            return JSONResponse(await self._reviews.whole(body, principal))
+        replay = await with_first(self._reviews.events(body, principal))
+        return event_stream(replay())
+
+    # -- operations
+
+    async def models(self, request: Request) -> Response:
+        self._authenticate(request)
+        model = {
+            "id": self._config.model.served_name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "zoneserve",
+            "max_model_len": self._config.model.max_model_len,
+        }
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def health(self, request: Request) -> Response:
+        """200 when every replica of both pools answers and its engine can step; 503 with the reason otherwise."""
+        pools = {"decode": self._decode} | ({"prefill": self._prefill} if self._prefill is not None else {})
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                states = {
+                    name: list(await handle.broadcast("health").results_async()) for name, handle in pools.items()
+                }
+        except Exception as error:  # whatever keeps a pool from answering is the finding
+            return JSONResponse({"status": "unavailable", "reason": type(error).__name__}, status_code=503)
+        is_healthy = all(replicas and all(state["alive"] for state in replicas) for replicas in states.values())
+        body = {"status": "ok" if is_healthy else "unavailable", "pools": states}
+        return JSONResponse(body, status_code=200 if is_healthy else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        texts: list[tuple[Mapping[str, str], str]] = [
+            ({"role": "ingress", "replica": _replica_name()}, exposition(self._metrics.registry))
+        ]
+        for role, handle in (("decode", self._decode), ("prefill", self._prefill)):
+            if handle is None:
+                continue
+            try:
+                async with asyncio.timeout(SCRAPE_TIMEOUT_S):
+                    for name, text in await handle.broadcast("metrics_text").results_async():
+                        texts.append(({"role": role, "replica": name}, text))
+            except Exception as error:  # a scrape shows what can be had
+                logger.warning("no metrics from %s: %s", role, type(error).__name__)
+        return Response(merge_expositions(texts), media_type=METRICS_CONTENT_TYPE)
+
+    # -- checks
+
+    def _authenticate(self, request: Request) -> Principal:
+        principal = self._principals.authenticate(request.headers.get("authorization"))
+        if principal is None:
+            self._metrics.refusals.labels("unauthorized").inc()
+            raise Unauthorized("a valid bearer key is required")
+        return principal
+
+    async def _parse(self, request: Request, kind: Any) -> Any:
+        document = await read_json(request)
+        for name in api.strip_client_parameters(document):
+            self._metrics.stripped.labels(name).inc()
+        body = kind.model_validate(document)
+        if body.model != self._config.model.served_name:
+            raise UnknownModel(f"the model {body.model!r} does not exist", param="model")
+        return body
+
+
+def _replica_name() -> str:
+    return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def ingress_deployment(config: ZoneserveConfig) -> Any:
+    """The Serve deployment class of the ingress."""
+    app = make_app(config.ingress.max_body_bytes)
+
+    @serve.ingress(app)
+    class HttpIngress(Ingress):
+        @app.post("/v1/chat/completions")
+        async def chat_completions(self, request: Request) -> Response:
+            return await super().chat_completions(request)
+
+        @app.post("/v1/completions")
+        async def completions(self, request: Request) -> Response:
+            return await super().completions(request)
+
+        @app.post("/v1/reviews")
+        async def reviews(self, request: Request) -> Response:
+            return await super().reviews(request)
+
+        @app.get("/v1/models")
+        async def models(self, request: Request) -> Response:
+            return await super().models(request)
+
+        @app.get("/health")
+        async def health(self, request: Request) -> Response:
+            return await super().health(request)
+
+        @app.get("/metrics")
+        async def metrics(self, request: Request) -> Response:
+            return await super().metrics(request)
+
+    return HttpIngress

@@ -1,0 +1,113 @@
+"""The embedded default: a whole deployment on this machine, with a Ray of its own that ends with it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from deployments.config import ConfigError, ZoneserveConfig
+from deployments.settings import prepare_ray_environment
+from deployments.trust.principals import create_missing_keys
+
+OBJECT_STORE_BYTES = 150 << 20
+READY_TIMEOUT_S = 120.0
+READY_POLL_S = 0.1
+CLIENT_KEY_FILE = Path("out/local-key")
+APPLICATION = "zoneserve"
+
+
+class LocalDeploymentError(Exception):
+    """The deployment could not be started; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a deployment answers, and the key that opens it."""
+
+    url: str
+    key: str
+
+
+@contextmanager
+def local_deployment(config: ZoneserveConfig, *, client_key_file: Path = CLIENT_KEY_FILE) -> Iterator[Endpoint]:
+    """Start Ray and the application, wait until it is healthy, end both on leaving.
+
+    Raises:
+        LocalDeploymentError: The port is taken, or the deployment did not become healthy in time.
+        ConfigError: Key files are missing and may not be made.
+    """
+    prepare_ray_environment()
+    key = _client_key(config, client_key_file)
+    _require_free_port(config.ingress.host, config.ingress.port)
+    import ray
+    from ray import serve
+
+    from deployments.app import build_application
+
+    application = build_application(config)
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, math.ceil(_logical_cpus(config))),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    try:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(http_options={"host": config.ingress.host, "port": config.ingress.port})
+        serve.run(application, name=APPLICATION)
+        url = f"http://{config.ingress.host}:{config.ingress.port}"
+        _wait_until_healthy(url)
+        yield Endpoint(url, key)
+    except RuntimeError as error:
+        raise LocalDeploymentError(f"the deployment did not start: {error}") from error
+    finally:
+        ray.shutdown()
+
+
+def _client_key(config: ZoneserveConfig, client_key_file: Path) -> str:
+    if config.trust.create_missing:
+        create_missing_keys(config.trust.keys_file, config.trust.master_key_file, client_key_file)
+    for path in (config.trust.keys_file, config.trust.master_key_file):
+        if not path.is_file():
+            raise ConfigError(f"{path}: the key file is missing (trust.create_missing would make it)")
+    return client_key_file.read_text(encoding="utf-8").strip() if client_key_file.is_file() else ""
+
+
+def _logical_cpus(config: ZoneserveConfig) -> float:
+    pools = [config.decode] + ([config.prefill] if config.mode == "disaggregated" else [])
+    return config.ingress.replicas * config.ingress.num_cpus + sum(pool.replicas * pool.num_cpus for pool in pools)
+
+
+def _require_free_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LocalDeploymentError(f"{host}:{port} cannot be used: {error.strerror}") from error
+
+
+def _wait_until_healthy(url: str) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    reason = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            response = httpx.get(f"{url}/health", timeout=10.0)
+            if response.status_code == 200:
+                return
+            reason = response.text
+        except httpx.HTTPError as error:
+            reason = type(error).__name__
+        time.sleep(READY_POLL_S)
+    raise LocalDeploymentError(f"not healthy within {READY_TIMEOUT_S:.0f} s: {reason}")

@@ -1,0 +1,107 @@
+"""Answers in OpenAI's shapes: whole bodies and streamed chunks, one token a chunk."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+
+from deployments import openai_api as api
+from deployments.generation import Completed, Timeline
+from deployments.messages import TokenEvent, TokenLogprob
+
+
+class ChatShape:
+    """chat.completion bodies and chunks."""
+
+    def __init__(self, model: str) -> None:
+        self._base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, prompt_tokens: int, results: list[Completed]) -> dict[str, object]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": result.text},
+                "logprobs": api.chat_logprobs(_logprobs(result)),
+                "finish_reason": result.finish_reason,
+            }
+            for index, result in enumerate(results)
+        ]
+        usage = api.usage(prompt_tokens, sum(len(result.token_ids) for result in results))
+        return self._base | {"object": "chat.completion", "choices": choices, "usage": usage}
+
+    async def chunks(
+        self, events: AsyncIterator[tuple[int, TokenEvent, Timeline]], prompt_tokens: int, include_usage: bool
+    ) -> AsyncIterator[Mapping[str, object]]:
+        completion_tokens = 0
+        started: set[int] = set()
+        async for index, event, _ in events:
+            completion_tokens += len(event.token_ids)
+            if event.token_ids or event.text:
+                delta: dict[str, object] = {"content": event.text}
+                if index not in started:
+                    delta = {"role": "assistant", "content": event.text}
+                    started.add(index)
+                yield self._chunk(index, delta, None, include_usage, api.chat_logprobs(event.logprobs))
+            if event.finish_reason is not None:
+                yield self._chunk(index, {}, event.finish_reason, include_usage, None)
+        if include_usage:
+            usage = api.usage(prompt_tokens, completion_tokens)
+            yield self._base | {"object": "chat.completion.chunk", "choices": [], "usage": usage}
+
+    def _chunk(
+        self, index: int, delta: object, finish_reason: str | None, include_usage: bool, logprobs: object
+    ) -> dict[str, object]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        usage = {"usage": None} if include_usage else {}
+        return self._base | {"object": "chat.completion.chunk", "choices": [choice]} | usage
+
+
+class CompletionShape:
+    """text_completion bodies and chunks."""
+
+    def __init__(self, model: str) -> None:
+        self._base = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, prompt_tokens: int, results: list[Completed]) -> dict[str, object]:
+        choices = [
+            {
+                "index": index,
+                "text": result.text,
+                "logprobs": api.completion_logprobs(_logprobs(result), 0),
+                "finish_reason": result.finish_reason,
+                "stop_reason": result.stop_reason,
+            }
+            for index, result in enumerate(results)
+        ]
+        usage = api.usage(prompt_tokens, sum(len(result.token_ids) for result in results))
+        return self._base | {"choices": choices, "usage": usage}
+
+    async def chunks(
+        self, events: AsyncIterator[tuple[int, TokenEvent, Timeline]], prompt_tokens: int, include_usage: bool
+    ) -> AsyncIterator[Mapping[str, object]]:
+        completion_tokens = 0
+        lengths: dict[int, int] = {}
+        async for index, event, _ in events:
+            completion_tokens += len(event.token_ids)
+            offset = lengths.get(index, 0)
+            lengths[index] = offset + len(event.text)
+            choice = {
+                "index": index,
+                "text": event.text,
+                "logprobs": api.completion_logprobs(event.logprobs, offset),
+                "finish_reason": event.finish_reason,
+                "stop_reason": event.stop_reason,
+            }
+            yield self._base | {"choices": [choice]} | ({"usage": None} if include_usage else {})
+        if include_usage:
+            yield self._base | {"choices": [], "usage": api.usage(prompt_tokens, completion_tokens)}
+
+
+def _logprobs(result: Completed) -> list[TokenLogprob]:
+    return [item for event in result.events for item in event.logprobs]

@@ -1,0 +1,185 @@
+"""The prefill replica: computes a prompt in chunks and pushes finished blocks while it computes the next."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+
+from deployments.config import ZoneserveConfig
+from deployments.engine_host import EngineStopped
+from deployments.messages import FirstToken, PrefillCall, PrefillDone, PrefillEvent, PrefillRefused
+from deployments.replica import EngineReplica
+from engine.engine import RequestOutput
+from engine.errors import EngineError
+from engine.kv_cache import KVCacheLayout
+from engine.request import FinishReason, Request
+from engine.zone import joined_zone
+from transfer.handoff import HandoffSender, PushSession
+from transfer.notice import AbortReason
+from transfer.protocol import TransferError
+from transfer.ticket import Expectation, ReplayGuard, TicketRefused, TicketSealer, TicketVerifier
+
+logger = logging.getLogger("ray.serve.zoneserve.prefill")
+
+MAX_REVOKED = 65_536
+
+
+class PrefillFailed(Exception):
+    """The prompt could not be computed or pushed."""
+
+
+class PrefillReplica(EngineReplica):
+    """One replica of the prefill pool."""
+
+    role = "prefill"
+
+    def __init__(self, config: ZoneserveConfig, model_path: str) -> None:
+        super().__init__(config, config.prefill, model_path)
+        verifier = TicketVerifier(
+            TicketSealer(self.transfer_key, time.time),
+            ReplayGuard(time.time),
+            layout_fingerprint=self.runner.layout.fingerprint(),
+            weights_digest=self.runner.weights_digest,
+            agent_name=self.connector.name,
+        )
+        self._sender = HandoffSender(
+            self.connector, verifier, self.transfer_key, write_timeout_s=config.transfer.write_timeout_s
+        )
+        self._ended: dict[str, asyncio.Event] = {}  # calls under way, by request
+        self._revoked: OrderedDict[str, None] = OrderedDict()
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """What a decode replica needs in order to know this one's end of the transfer."""
+        return {"role": self.role, "handshake": base64.b64encode(self.connector.handshake()).decode()}
+
+    async def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
+        """Compute, push, and hand over the first token as soon as it exists.
+
+        The call ends when nothing of it can land any more, so that Serve's drain covers the handoff.
+        """
+        if call.request_id in self._revoked:
+            yield PrefillRefused("revoked")
+            return
+        ended = self._ended[call.request_id] = asyncio.Event()
+        try:
+            expected = Expectation(joined_zone(call.zone_spans).path, call.epoch, len(call.prompt_token_ids))
+            session = await self._sender.accept(call.sealed_ticket, call.handshake, expected)
+        except TransferError as error:
+            logger.warning("%s: %s", call.request_id, error)
+            self._end(call.request_id, ended)
+            yield PrefillRefused(error.reason if isinstance(error, TicketRefused) else "decode_unreachable")
+            return
+        except BaseException:
+            self._end(call.request_id, ended)
+            raise
+        failure = AbortReason.CANCELLED
+        try:
+            async for event in self._push_prompt(call, session):
+                yield event
+            receipt = await session.finish()
+            failure = AbortReason.NONE
+        except (EngineError, EngineStopped, PrefillFailed) as error:
+            failure = AbortReason.PREFILL_FAILED
+            raise PrefillFailed(str(error)) from error
+        except TransferError as error:
+            failure = AbortReason.WRITE_FAILED
+            raise PrefillFailed(str(error)) from error
+        finally:
+            await asyncio.shield(self.in_background(self._clean_up(call.request_id, session, failure, ended)))
+        yield PrefillDone(receipt.num_bytes, receipt.num_blocks)
+
+    async def settle(self, request_id: str) -> tuple[str, bool]:
+        """Our name, and True when no write of this request is live and none will ever be posted."""
+        self._revoked[request_id] = None
+        while len(self._revoked) > MAX_REVOKED:
+            self._revoked.popitem(last=False)
+        ended = self._ended.get(request_id)
+        if ended is None:
+            return self.connector.name, True
+        self.host.fail(request_id, PrefillFailed("revoked"))
+        try:
+            async with asyncio.timeout(self.config.transfer.fence_timeout_s):
+                await ended.wait()
+        except TimeoutError:
+            return self.connector.name, False
+        return self.connector.name, True
+
+    async def _push_prompt(self, call: PrefillCall, session: PushSession) -> AsyncIterator[FirstToken]:
+        """Compute the prompt, submit every block, then yield the first token."""
+        request = Request(
+            request_id=call.request_id,
+            prompt_token_ids=call.prompt_token_ids,
+            sampling=call.sampling,
+            zone_spans=call.zone_spans,
+            epoch=call.epoch,
+            priority=call.priority,
+            is_prefill_only=True,
+        )
+        stream = self.host.open(request)
+        await self.host.add(request)
+        output = None
+        pusher = _Pusher(session, self.runner.layout)
+        async for output in stream:
+            if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                break
+            if not pusher.block_ids:
+                pusher.block_ids = await self.host.call(lambda engine: engine.block_ids(call.request_id))
+            pusher.push(output, len(call.prompt_token_ids))
+            if output.token_ids:
+                break
+        yield _first_token(output, stream.queue_s)
+
+    async def _clean_up(
+        self, request_id: str, session: PushSession, failure: AbortReason, ended: asyncio.Event
+    ) -> None:
+        """Source blocks go only when no write reads them any more."""
+        self.host.close(request_id)
+        try:
+            if failure is AbortReason.NONE:
+                await session.settled()
+            else:
+                await session.abort(failure)
+            self.host.post(lambda engine: engine.release(request_id))
+        finally:
+            self._end(request_id, ended)
+
+    def _end(self, request_id: str, ended: asyncio.Event) -> None:
+        ended.set()
+        if self._ended.get(request_id) is ended:
+            del self._ended[request_id]
+
+
+class _Pusher:
+    """Hands a session the blocks that have become whole since the last time."""
+
+    def __init__(self, session: PushSession, layout: KVCacheLayout) -> None:
+        self.block_ids: tuple[int, ...] = ()
+        self._session = session
+        self._layout = layout
+        self._next = session.ticket.first_missing_block
+
+    def push(self, output: RequestOutput, num_prompt_tokens: int) -> None:
+        if output.num_computed_tokens >= num_prompt_tokens:
+            num_whole = self._layout.num_blocks_for(num_prompt_tokens)
+        else:
+            num_whole = output.num_computed_tokens // self._layout.block_size
+        if num_whole > self._next:
+            self._session.push(self.block_ids[self._next : num_whole])
+            self._next = num_whole
+
+
+def _first_token(output: RequestOutput | None, queue_s: float | None) -> FirstToken:
+    if output is None or not output.token_ids:
+        raise PrefillFailed(output.error or "the engine ended the request" if output else "no output")
+    sampled = output.logprobs[0] if output.logprobs else None
+    return FirstToken(
+        token_id=output.token_ids[0],
+        logprob=sampled.logprob if sampled else None,
+        top_logprobs=sampled.top_logprobs if sampled else (),
+        num_cached_tokens=output.num_cached_tokens,
+        queue_s=queue_s,
+    )

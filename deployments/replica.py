@@ -1,0 +1,170 @@
+"""What a prefill and a decode replica have in common: engine, host, connector, health, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from deployments.config import PoolSection, ZoneserveConfig
+from deployments.engine_host import EngineHost
+from deployments.metrics import EngineCollector, ReplicaMetrics, exposition
+from deployments.trust.principals import read_master_key
+from engine.block_hash import BlockHasher, HashContext, derive_key
+from engine.checkpoint import load_checkpoint
+from engine.engine import Engine, EngineStats
+from engine.model_runner import ModelRunner, load_runner
+from engine.scheduler import SchedulerConfig
+from engine.tokenizer import Tokenizer
+from transfer.nixl_connector import NixlConnector
+from transfer.protocol import KVPool
+
+logger = logging.getLogger("ray.serve.zoneserve.replica")
+
+CLEANUP_TIMEOUT_S = 60.0
+
+
+class EngineReplica:
+    """Base of both pools' replicas.
+
+    Attributes:
+        host: The engine behind its thread.
+        connector: This process's end of the KV transfer, over the engine's own blocks.
+        metrics: Registry scraped through `metrics_text`.
+    """
+
+    role: str
+
+    def __init__(self, config: ZoneserveConfig, pool: PoolSection, model_path: str) -> None:
+        started = time.monotonic()
+        self.config = config
+        self.metrics = ReplicaMetrics()
+        checkpoint = load_checkpoint(Path(model_path))
+        tokenizer = Tokenizer.from_path(checkpoint.tokenizer_source)
+        self.tokenizer = tokenizer
+        self.runner = load_runner(
+            checkpoint,
+            dtype=config.model.dtype,
+            block_size=config.engine.block_size,
+            num_blocks=pool.num_blocks,
+            backend=config.engine.backend,
+            device=pool.device,
+            num_threads=pool.num_threads,
+        )
+        master_key = read_master_key(config.trust.master_key_file)
+        self.transfer_key = derive_key(master_key, b"kv-transfer")
+        self._engine = Engine(
+            config=scheduler_config(config),
+            runner=self.runner,
+            tokenizer=tokenizer,
+            hasher=BlockHasher(master_key, hash_context(self.runner, tokenizer, str(checkpoint.config.rope))),
+            num_blocks=pool.num_blocks,
+            case_idle_ttl_s=config.engine.case_idle_ttl_s,
+        )
+        self.connector = NixlConnector(
+            self.role, kv_pool(self.runner), compatibility=compatibility(config, self.runner, tokenizer)
+        )
+        self.host = EngineHost(self._engine, self)
+        self._background: set[asyncio.Task[None]] = set()
+        logger.info("%s ready in %.1f s", self.role, time.monotonic() - started)
+
+    def step_took(self, seconds: float) -> None:
+        self.metrics.step_time.observe(seconds)
+
+    def request_queued_for(self, request_id: str, seconds: float) -> None:
+        self.metrics.queue_time.observe(seconds)
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run clean-up that must outlive the request that started it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def health(self) -> dict[str, object]:
+        return {"replica": _replica_name(), "alive": self.host.is_alive, "pid": os.getpid()}
+
+    async def check_health(self) -> None:
+        """Serve's probe: a replica whose engine has stopped is replaced."""
+        if not self.host.is_alive:
+            raise RuntimeError(f"the engine has stopped: {self.host.fault}")
+
+    async def engine_stats(self) -> dict[str, Any]:
+        """Engine and transfer counts; `background` counts clean-up under way."""
+        stats: EngineStats = await self.host.call(lambda engine: engine.stats())
+        return {**asdict(stats), **self.transfer_counts(), "background": len(self._background)}
+
+    async def check_integrity(self) -> None:
+        await self.host.call(lambda engine: engine.check())
+
+    async def metrics_text(self) -> tuple[str, str]:
+        stats: EngineStats = await self.host.call(lambda engine: engine.stats())
+        return _replica_name(), exposition(self.metrics.registry, EngineCollector(stats, self.transfer_counts()))
+
+    def transfer_counts(self) -> Mapping[str, float]:
+        """KV transfer counts by metric name."""
+        stats = self.connector.stats()
+        return {
+            "pushed_bytes": stats.bytes_written,
+            "pushed_blocks": stats.blocks_written,
+            "pushed_descriptors": stats.descriptors_written,
+            "transfer_failures": stats.writes_failed,
+            "transfer_timeouts": stats.writes_timed_out,
+        }
+
+
+def scheduler_config(config: ZoneserveConfig) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_batched_tokens=config.engine.max_num_batched_tokens,
+        max_num_seqs=config.engine.max_num_seqs,
+        max_prefill_chunk=config.engine.max_prefill_chunk,
+        max_model_len=config.model.max_model_len,
+        max_waiting=config.engine.max_waiting,
+    )
+
+
+def compatibility(config: ZoneserveConfig, runner: ModelRunner, tokenizer: Tokenizer) -> dict[str, str]:
+    """What both ends of a handoff must share besides the KV layout; a difference is refused by name."""
+    return {
+        "weights_digest": runner.weights_digest,
+        "tokenizer_digest": tokenizer.digest,
+        "backend": config.engine.backend,
+        "transfer_mode": config.transfer.mode,
+    }
+
+
+def hash_context(runner: ModelRunner, tokenizer: Tokenizer, rope: str) -> HashContext:
+    return HashContext(
+        weights_digest=runner.weights_digest,
+        tokenizer_digest=tokenizer.digest,
+        layout_fingerprint=runner.layout.fingerprint(),
+        rope=rope,
+    )
+
+
+def kv_pool(runner: ModelRunner) -> KVPool:
+    """The runner's KV cache as the transfer sees it."""
+    buffer = runner.kv_buffer
+    if buffer.device.type == "cpu":
+        return KVPool.from_buffer(buffer.numpy(), runner.layout)
+    size = runner.layout.block_bytes
+    return KVPool(
+        address=buffer.data_ptr(),
+        num_blocks=runner.num_blocks,
+        layout=runner.layout,
+        block=lambda index: buffer[index * size : (index + 1) * size].cpu().numpy().data,
+        memory="VRAM",
+        device_id=buffer.device.index or 0,
+        owner=buffer,
+    )
+
+
+def _replica_name() -> str:
+    return str(serve.get_replica_context().replica_id.unique_id)

@@ -1,0 +1,181 @@
+"""The CLI's side of a review: send files, show progress, write what comes back."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deployments.local import Endpoint
+
+SAMPLES = Path(__file__).parent / "claims" / "samples"
+REVIEW_TIMEOUT_S = 600.0
+RISK_STYLE = {"none": "green", "low": "green", "medium": "yellow", "high": "red", "critical": "bold red"}
+ORIGIN_NAMES = {
+    "decode_cache": "cached on decode",
+    "prefill_cache": "cached on prefill",
+    "prefill_computed": "computed on prefill",
+    "decode_computed": "computed on decode",
+}
+
+
+class ReviewClientError(Exception):
+    """The reviews could not be had; the message says why."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What the summary reports."""
+
+    num_reviews: int = 0
+    num_abstained: int = 0
+    num_refused: int = 0
+    actions: Counter[str] = field(default_factory=Counter)
+    origins: Counter[str] = field(default_factory=Counter)
+    pushed_bytes: int = 0
+    ttfts_s: list[float] = field(default_factory=list)
+
+
+def sample_files() -> list[Path]:
+    """The synthetic claims that ship with the package."""
+    return sorted(SAMPLES.glob("*.edi"))
+
+
+def review_files(files: list[Path], endpoint: Endpoint, out_dir: Path, out: Console) -> bool:
+    """Review all claims of `files`; True when every one was reviewed.
+
+    Raises:
+        ReviewClientError: A file cannot be read, or the service refused the call.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tally = _Tally()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("reviewing claims"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=out, transient=True) as progress:
+        task = progress.add_task("claims", total=None)
+        progress.console.print(
+            _line("claim", "risk", "action", "TTFT", "prompt tokens by origin", "flags"), style="bold"
+        )
+        for event in _events(files, endpoint):
+            match event["type"]:
+                case "accepted":
+                    progress.update(task, total=event["num_claims"])
+                case "disposition":
+                    _take_disposition(event["disposition"], tally, out)
+                case "review":
+                    _take_review(event, tally, out_dir, out)
+                    progress.advance(task)
+    _print_summary(tally, out_dir, out)
+    return tally.num_refused == 0 and tally.num_reviews > 0
+
+
+def _events(files: list[Path], endpoint: Endpoint) -> Iterator[dict[str, Any]]:
+    body = {"stream": True, "files": [_encoded(path) for path in files]}
+    headers = {"Authorization": f"Bearer {endpoint.key}"}
+    try:
+        with httpx.stream(
+            "POST", f"{endpoint.url}/v1/reviews", json=body, headers=headers, timeout=REVIEW_TIMEOUT_S
+        ) as response:
+            if response.status_code != httpx.codes.OK:
+                raise ReviewClientError(_refusal(response.read(), response.status_code))
+            is_done = False
+            for line in response.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise ReviewClientError(event["error"]["message"])
+                    is_done = event["type"] == "done"
+                    yield event
+    except httpx.HTTPError as error:
+        raise ReviewClientError(f"{endpoint.url} does not answer: {error}") from error
+    if not is_done:
+        raise ReviewClientError("the answer ended early")
+
+
+def _encoded(path: Path) -> dict[str, str]:
+    try:
+        return {"name": path.name, "content_base64": base64.b64encode(path.read_bytes()).decode()}
+    except OSError as error:
+        raise ReviewClientError(f"{path}: {error.strerror or error}") from error
+
+
+def _refusal(body: bytes, status: int) -> str:
+    try:
+        return f"the service refused the files ({status}): {json.loads(body)['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"the service refused the files ({status})"
+
+
+def _take_disposition(disposition: dict[str, Any], tally: _Tally, out: Console) -> None:
+    where = " ".join(
+        f"{name.replace('_', ' ')} {disposition[name]}"
+        for name in ("claim_id", "segment_number", "segment_id", "line_number")
+        if disposition.get(name) is not None
+    )
+    is_refusal = disposition["outcome"] == "refused"
+    tally.num_refused += is_refusal
+    style = "red" if is_refusal else "dim"
+    out.print(
+        f"{disposition['file']}: {disposition['outcome']} ({disposition['reason']}) {where} {disposition['detail']}",
+        style=style,
+        markup=False,
+        highlight=False,
+    )
+
+
+def _take_review(event: dict[str, Any], tally: _Tally, out_dir: Path, out: Console) -> None:
+    review, serving = event["review"], event["serving"]
+    name = event["file_stem"]
+    (out_dir / f"{name}.json").write_text(json.dumps(review, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out_dir / f"{name}.md").write_text(event["narrative_md"], encoding="utf-8")
+    origins = {key: serving["prompt_tokens_by_origin"].get(key, 0) for key in ORIGIN_NAMES}
+    tally.num_reviews += 1
+    tally.num_abstained += bool(review["abstained"])
+    tally.actions[review["recommended_action"]] += 1
+    tally.origins.update(origins)
+    tally.pushed_bytes += serving["pushed_bytes"]
+    if serving["ttft_s"] is not None:
+        tally.ttfts_s.append(serving["ttft_s"])
+    flags = ", ".join(f"{flag['code']}({','.join(map(str, flag['lines']))})" for flag in review["flags"]) or "-"
+    ttft = "-" if serving["ttft_s"] is None else f"{serving['ttft_s']:.2f} s"
+    counts = "/".join(str(count) for count in origins.values())
+    risk = review["risk_category"]
+    line = _line(review["claim_id"], risk, review["recommended_action"], ttft, counts, flags)
+    out.print(line, style=RISK_STYLE.get(risk), markup=False, highlight=False, soft_wrap=True)
+
+
+def _line(*cells: str) -> str:
+    claim, risk, action, ttft, origins, flags = cells
+    return f"{claim:<18} {risk:<9} {action:<16} {ttft:>8}  {origins:<24} {flags}"
+
+
+def _print_summary(tally: _Tally, out_dir: Path, out: Console) -> None:
+    table = Table(show_header=False, title="summary")
+    table.add_row("claims reviewed", str(tally.num_reviews))
+    table.add_row("inputs refused", str(tally.num_refused))
+    table.add_row("reviews by rules alone (model abstained)", str(tally.num_abstained))
+    table.add_row("actions", ", ".join(f"{action} {count}" for action, count in tally.actions.most_common()))
+    if tally.ttfts_s:
+        ordered = sorted(tally.ttfts_s)
+        table.add_row("TTFT median / worst", f"{ordered[len(ordered) // 2]:.2f} s / {ordered[-1]:.2f} s")
+    total = max(sum(tally.origins.values()), 1)
+    for origin, name in ORIGIN_NAMES.items():
+        count = tally.origins[origin]
+        table.add_row(f"prompt tokens {name}", f"{count} ({100 * count / total:.0f} %)")
+    table.add_row("KV pushed from prefill to decode", f"{tally.pushed_bytes / 1e6:.1f} MB")
+    table.add_row("written to", str(out_dir))
+    out.print(table)

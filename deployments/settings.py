@@ -1,0 +1,47 @@
+"""The one module that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment says, read once.
+
+    `model_cache`: ZONESERVE_MODEL_CACHE, else the XDG cache; `crd_dir`: ZONESERVE_CRD_DIR.
+    """
+
+    model_cache: Path
+    crd_dir: Path | None
+
+
+def read_settings() -> Settings:
+    environment = os.environ
+    cache_home = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    crd_dir = environment.get("ZONESERVE_CRD_DIR")
+    return Settings(
+        model_cache=Path(environment.get("ZONESERVE_MODEL_CACHE") or cache_home / "zoneserve" / "models"),
+        crd_dir=Path(crd_dir) if crd_dir else None,
+    )
+
+
+def prepare_ray_environment() -> None:
+    """Set what Ray must find before it is imported: no usage reports, quiet logs, this interpreter's tools."""
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a fault must be in the log before the process ends
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    tools = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    if path.split(os.pathsep)[0] != tools:
+        os.environ["PATH"] = f"{tools}{os.pathsep}{path}"

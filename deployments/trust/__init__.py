@@ -1,0 +1,1 @@
+"""Who calls, and which zone that gives them. The zone never comes from a request's body or headers."""

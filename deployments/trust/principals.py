@@ -1,0 +1,158 @@
+"""Bearer keys from a file -> principal -> tenant and zone. Keys are stored as SHA-256 only."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from engine.zone import EPHEMERAL, Zone, ZoneKind
+
+MAX_KEYS = 10_000
+MAX_BEARER_CHARS = 512
+KEY_PREFIX = "zs-"
+LOCAL_PRINCIPAL = "local-reviewer"
+
+
+class KeyFileError(Exception):
+    """A key file that cannot be used; the message names the file and the fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """An authenticated caller. `zone` is where its unlabelled prompts go."""
+
+    name: str
+    tenant: str
+    zone: Zone
+
+
+class _KeyEntry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    principal: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
+    tenant: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
+    zone: str = "ephemeral"
+
+    @field_validator("zone")
+    @classmethod
+    def _is_private_zone(cls, path: str) -> str:
+        if Zone.parse(path).kind not in (ZoneKind.CASE, ZoneKind.EPHEMERAL):
+            raise ValueError("a key's zone must be a case of its tenant or ephemeral")
+        return path
+
+
+class _KeyFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keys: list[_KeyEntry] = Field(max_length=MAX_KEYS)
+
+
+class Principals:
+    """The keys that may enter."""
+
+    def __init__(self, by_digest: dict[bytes, Principal]) -> None:
+        self._by_digest = by_digest
+
+    @staticmethod
+    def from_file(path: Path) -> Principals:
+        """
+        Raises:
+            KeyFileError: Missing, not YAML, unknown key, a zone of another tenant, or a key named twice.
+        """
+        by_digest: dict[bytes, Principal] = {}
+        for entry in _read_entries(path):
+            zone = Zone.parse(entry.zone)
+            if zone.kind is ZoneKind.CASE and zone.tenant != entry.tenant:
+                raise KeyFileError(f"{path}: {entry.principal}: its zone belongs to another tenant")
+            digest = bytes.fromhex(entry.sha256)
+            if digest in by_digest:
+                raise KeyFileError(f"{path}: {entry.principal}: the same key is listed twice")
+            by_digest[digest] = Principal(entry.principal, entry.tenant, zone)
+        return Principals(by_digest)
+
+    def authenticate(self, authorization: str | None) -> Principal | None:
+        """Principal of an `Authorization` header; None where there is none or it is wrong.
+
+        The presented key is hashed first, so what a timing could show is a digest, not a key; all
+        digests are compared in constant time.
+        """
+        scheme, _, key = (authorization or "").partition(" ")
+        key = key.strip()
+        if scheme.lower() != "bearer" or not key or len(key) > MAX_BEARER_CHARS:
+            return None
+        presented = hashlib.sha256(key.encode()).digest()
+        found = None
+        for digest, principal in self._by_digest.items():
+            if hmac.compare_digest(digest, presented):
+                found = principal
+        return found
+
+
+def _read_entries(path: Path) -> list[_KeyEntry]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _KeyFile.model_validate(document).keys
+    except OSError as error:
+        raise KeyFileError(f"{path}: {error.strerror or error}") from error
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"])) or "top level"
+        raise KeyFileError(f"{path}: {where}: {fault['msg']}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise KeyFileError(f"{path}: not YAML") from error
+
+
+def read_master_key(path: Path) -> bytes:
+    """Bytes of the zone master key (hex in the file).
+
+    Raises:
+        KeyFileError: Missing, not hex, or shorter than 32 bytes.
+    """
+    try:
+        key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    except OSError as error:
+        raise KeyFileError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"{path}: the master key must be hex") from error
+    if len(key) < 32:
+        raise KeyFileError(f"{path}: the master key must be at least 32 bytes")
+    return key
+
+
+def create_missing_keys(keys_file: Path, master_key_file: Path, client_key_file: Path) -> None:
+    """Make the three secrets of a one-machine deployment where they are missing, readable by the owner only.
+
+    A client key that is lost is replaced; other principals' entries in the keys file stay.
+    """
+    if not master_key_file.exists():
+        _write_secret(master_key_file, secrets.token_hex(32))
+    if not keys_file.exists() or not client_key_file.exists():
+        key = KEY_PREFIX + secrets.token_urlsafe(32)
+        entry = {
+            "sha256": hashlib.sha256(key.encode()).hexdigest(),
+            "principal": LOCAL_PRINCIPAL,
+            "tenant": "local",
+            "zone": EPHEMERAL.path,
+        }
+        present = _read_entries(keys_file) if keys_file.exists() else []
+        others = [other.model_dump() for other in present if other.principal != LOCAL_PRINCIPAL]
+        _write_secret(keys_file, yaml.safe_dump({"keys": [*others, entry]}, sort_keys=False))
+        _write_secret(client_key_file, key)
+
+
+def _write_secret(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".new")
+    staged.unlink(missing_ok=True)  # one left over may be readable by others
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+    staged.replace(path)

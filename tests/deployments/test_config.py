@@ -1,0 +1,236 @@
+"""The configuration file: what loads, and the sentence for each thing that does not."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from deployments.config import BUNDLED, MAX_CONFIG_BYTES, ConfigError, ZoneserveConfig, load_config, parse_config
+from tests.deployments.support import local_config, local_document, write_yaml
+
+SECTIONS = ["model", "engine", "prefill", "decode", "transfer", "routing", "ingress", "trust", "claims"]
+
+
+def with_value(path: str, value: object) -> dict[str, Any]:
+    document = local_document()
+    *sections, key = path.split(".")
+    target = document
+    for section in sections:
+        target = target[section]
+    target[key] = value
+    return document
+
+
+def test_every_bundled_configuration_loads() -> None:
+    paths = sorted(BUNDLED.glob("*.yaml"))
+    assert BUNDLED / "local.yaml" in paths
+    for path in paths:
+        assert isinstance(load_config(path), ZoneserveConfig)
+
+
+def test_local_configuration_says_what_its_file_says() -> None:
+    config = load_config(BUNDLED / "local.yaml")
+    assert config.mode == "disaggregated"
+    assert config.decode.num_blocks == local_document()["decode"]["num_blocks"]
+    assert config.trust.keys_file == Path(local_document()["trust"]["keys_file"])
+
+
+def test_missing_sections_take_their_defaults() -> None:
+    document = local_document()
+    for name in ("engine", "transfer", "routing", "ingress", "claims", "mode"):
+        document.pop(name, None)
+    config = parse_config(document)
+    assert config.mode == "disaggregated"
+    assert config.engine.block_size == 16
+    assert config.routing.max_inflight_requests == 64
+
+
+def test_configuration_is_frozen() -> None:
+    config = local_config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.engine.block_size = 32
+    with pytest.raises(ValidationError, match="frozen"):
+        config.mode = "monolithic"
+
+
+def test_unknown_top_level_key_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"colour: Extra inputs"):
+        parse_config(local_document() | {"colour": "red"})
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_unknown_key_in_a_section_is_refused_by_name(section: str) -> None:
+    document = local_document()
+    document[section] = {**document.get(section, {}), "colour": "red"}
+    with pytest.raises(ConfigError, match=rf"{section}\.colour: Extra inputs"):
+        parse_config(document)
+
+
+@pytest.mark.parametrize("section", ["model", "prefill", "decode", "trust"])
+def test_missing_section_without_defaults_is_named(section: str) -> None:
+    document = local_document()
+    del document[section]
+    with pytest.raises(ConfigError, match=rf"{section}: Field required"):
+        parse_config(document)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("mode", "sideways"),
+        ("model.name", ""),
+        ("model.served_name", ""),
+        ("model.dtype", "int8"),
+        ("model.max_model_len", 15),
+        ("engine.backend", "abacus"),
+        ("engine.block_size", 0),
+        ("engine.block_size", 257),
+        ("engine.max_num_batched_tokens", 0),
+        ("engine.max_num_seqs", 0),
+        ("engine.max_prefill_chunk", 0),
+        ("engine.max_waiting", 0),
+        ("engine.case_idle_ttl_s", 0),
+        ("prefill.replicas", 0),
+        ("prefill.replicas", 1001),
+        ("prefill.num_blocks", 7),
+        ("decode.num_threads", 0),
+        ("decode.device", "tpu"),
+        ("decode.device", "cuda:x"),
+        ("decode.num_cpus", -0.5),
+        ("decode.num_gpus", -1),
+        ("decode.max_ongoing_requests", 0),
+        ("transfer.mode", "pull"),
+        ("transfer.ticket_ttl_s", 0),
+        ("transfer.write_timeout_s", -1),
+        ("transfer.handoff_timeout_s", 0),
+        ("transfer.fence_timeout_s", 0),
+        ("routing.local_prefill_max_tokens", -1),
+        ("routing.max_inflight_requests", 0),
+        ("routing.choose_timeout_s", 0),
+        ("routing.reserve_timeout_s", 0),
+        ("routing.request_timeout_s", 0),
+        ("routing.affinity_max_imbalance", -1),
+        ("ingress.port", 0),
+        ("ingress.port", 65536),
+        ("ingress.replicas", 0),
+        ("ingress.max_body_bytes", 1023),
+        ("ingress.max_ongoing_requests", 0),
+        ("claims.plan", "Not A Plan"),
+        ("claims.plan", "../other"),
+        ("claims.max_tokens", 15),
+    ],
+)
+def test_value_out_of_range_is_refused_with_its_key(path: str, value: object) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_config(with_value(path, value), source="some.yaml")
+    assert str(refusal.value).startswith(f"some.yaml: {path}: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("prefill.replicas", "3"),
+        ("prefill.replicas", True),
+        ("prefill.replicas", 1.5),
+        ("ingress.port", True),
+        ("ingress.host", 127),
+        ("trust.create_missing", "yes"),
+        ("trust.keys_file", 5),
+        ("trust.keys_file", None),
+        ("model.served_name", 7),
+        ("decode.labels", {"role": 1}),
+        ("engine", None),
+        ("engine", []),
+        ("prefill.num_cpus", float("nan")),
+        ("routing.request_timeout_s", float("inf")),
+    ],
+)
+def test_value_of_another_type_is_not_converted(path: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=path.replace(".", r"\.")):
+        parse_config(with_value(path, value))
+
+
+def test_whole_number_is_taken_where_seconds_or_cpus_are_asked_for() -> None:
+    assert parse_config(with_value("prefill.num_cpus", 1)).prefill.num_cpus == 1.0
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_pool_that_cannot_hold_one_longest_request_is_refused(pool: str) -> None:
+    document = with_value(f"{pool}.num_blocks", 511)  # 511 x 16 < 8192
+    fault = rf"{pool}\.num_blocks holds 8176 tokens, fewer than model\.max_model_len 8192"
+    with pytest.raises(ConfigError, match=fault):
+        parse_config(document)
+    document[pool]["num_blocks"] = 512
+    assert getattr(parse_config(document), pool).num_blocks == 512
+
+
+def test_every_fault_is_named_at_once() -> None:
+    document = with_value("ingress.port", 0)
+    document["claims"]["max_tokens"] = 1
+    with pytest.raises(ConfigError, match=r"ingress\.port.*claims\.max_tokens"):
+        parse_config(document)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "the top level must be a mapping"),
+        ("- a\n- b\n", "the top level must be a mapping"),
+        ("just words\n", "the top level must be a mapping"),
+        ("a: [1, 2\n", "not YAML"),
+        ("a: *nowhere\n", "not YAML"),
+        ("a: !!python/object/apply:os.getcwd []\n", "not YAML"),
+        ("a: 2024-13-45\n", "not YAML"),
+        ("a: " + "[" * 700, "not YAML"),
+        ("a: " + "1" * 5000, "not YAML"),
+        ("1: 2\n", "1: Keys should be strings"),
+    ],
+)
+def test_text_that_is_no_configuration_is_refused_in_one_sentence(tmp_path: Path, text: str, fault: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as refusal:
+        load_config(path)
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert fault in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"model: \xff\xfe\n")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(path)
+
+
+def test_missing_file_and_directory_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+def test_file_larger_than_the_limit_is_not_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "large.yaml"
+    path.write_text("#" * (MAX_CONFIG_BYTES + 1), encoding="utf-8")
+    with pytest.raises(ConfigError, match="larger than"):
+        load_config(path)
+
+
+def test_written_and_read_again_it_is_the_same(tmp_path: Path) -> None:
+    config = local_config(prefill={"labels": {"zoneserve.io/role": "prefill"}}, ingress={"port": 9001})
+    document = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(write_yaml(tmp_path / "again.yaml", document)) == config
+    assert config != local_config()
+
+
+def test_parsing_leaves_the_document_alone() -> None:
+    document = local_document()
+    before = copy.deepcopy(document)
+    parse_config(document)
+    assert document == before

@@ -1,0 +1,91 @@
+"""What `zoneserve check` says of a configuration, without a model on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from deployments import describe as module
+from deployments.config import ZoneserveConfig
+from deployments.describe import describe
+from engine import model_store
+from engine.errors import CheckpointError
+from engine.kv_cache import KVCacheLayout
+from tests.deployments.support import local_config, local_document
+
+MODEL = SimpleNamespace(architecture="llama", num_layers=30, num_kv_heads=3, head_dim=64)
+
+
+@pytest.fixture(autouse=True)
+def _model_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_store, "resolve", lambda name, cache: Path("/models") / f"{name}.gguf")
+    monkeypatch.setattr(module, "load_checkpoint", lambda path: SimpleNamespace(config=MODEL))
+
+
+def text_of(config: ZoneserveConfig) -> str:
+    console = Console(width=160, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        console.print(describe(config, Path("some.yaml")))
+    return capture.get()
+
+
+def row(text: str, name: str) -> list[str]:
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    (found,) = [cells for cells in rows if cells and cells[0] == name]
+    return found
+
+
+def test_facts_are_those_of_the_configuration() -> None:
+    text = text_of(local_config())
+    assert "some.yaml: valid" in text
+    assert row(text, "mode") == ["mode", "disaggregated"]
+    assert row(text, "context") == ["context", "8192 tokens"]
+    assert row(text, "endpoint") == ["endpoint", "http://127.0.0.1:8000"]
+    assert row(text, "in flight at most") == ["in flight at most", "64 generations an ingress"]
+    assert "smollm2-135m-instruct (llama, bfloat16) from /models/smollm2.gguf" in text
+
+
+def test_memory_is_blocks_times_the_layouts_bytes() -> None:
+    text = text_of(local_config())
+    layout = KVCacheLayout(30, 3, 64, 16, "bfloat16")
+    assert layout.block_bytes == 360 * 1024
+    assert row(text, "KV block") == ["KV block", "16 tokens, 360 KiB"]
+    assert row(text, "KV layout") == ["KV layout", layout.fingerprint()[:16]]
+    assert row(text, "prefill") == ["prefill", "1", "1", "1024", "360 MiB", "16384"]
+    assert row(text, "decode") == ["decode", "1", "1", "2048", "720 MiB", "32768"]
+    assert row(text, "ingress") == ["ingress", "1", "1", "-", "-", "-"]
+
+
+def test_replicas_and_threads_are_shown_for_each_pool() -> None:
+    text = text_of(local_config(prefill={"replicas": 3, "num_threads": 8}, ingress={"replicas": 2}))
+    assert row(text, "prefill")[:3] == ["prefill", "3", "8"]
+    assert row(text, "ingress")[:2] == ["ingress", "2"]
+
+
+def test_monolithic_deployment_has_no_prefill_pool() -> None:
+    config = ZoneserveConfig.model_validate(local_config().model_copy(update={"mode": "monolithic"}).model_dump())
+    text = text_of(config)
+    assert "monolithic" in text
+    assert not [line for line in text.splitlines() if line.strip("│ ").startswith("prefill")]
+
+
+def test_float32_takes_twice_the_memory() -> None:
+    text = text_of(local_config(model={"dtype": "float32"}))
+    assert row(text, "decode")[4] == "1440 MiB"
+
+
+def test_model_that_cannot_be_served_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(name: str, cache: Path) -> Path:
+        raise CheckpointError(f"{name}: not in the cache")
+
+    monkeypatch.setattr(model_store, "resolve", resolve)
+    with pytest.raises(CheckpointError, match="smollm2: not in the cache"):
+        describe(local_config(), Path("some.yaml"))
+
+
+def test_what_is_described_is_what_the_bundled_file_says() -> None:
+    document = local_document()
+    assert row(text_of(local_config()), "decode")[3] == str(document["decode"]["num_blocks"])

@@ -1,0 +1,78 @@
+"""The environment is read in one place, once."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments.settings import prepare_ray_environment, read_settings
+
+ROOT = Path(__file__).parents[2]
+# Sets the transport's variables before its library is imported.
+EXEMPT = {Path("deployments/settings.py"), Path("transfer/nixl_connector.py")}
+NAMES = ("ZONESERVE_MODEL_CACHE", "ZONESERVE_CRD_DIR", "XDG_CACHE_HOME")
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_models_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert read_settings().model_cache == Path("/home/somebody/.cache/zoneserve/models")
+    assert read_settings().crd_dir is None
+
+
+def test_cache_home_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert read_settings().model_cache == Path("/caches/zoneserve/models")
+
+
+def test_own_variables_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    monkeypatch.setenv("ZONESERVE_MODEL_CACHE", "/models")
+    monkeypatch.setenv("ZONESERVE_CRD_DIR", "/crds")
+    assert read_settings().model_cache == Path("/models")
+    assert read_settings().crd_dir == Path("/crds")
+
+
+def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for name in NAMES:
+        monkeypatch.setenv(name, "")
+    assert read_settings().model_cache == Path("/home/somebody/.cache/zoneserve/models")
+    assert read_settings().crd_dir is None
+
+
+def test_ray_finds_this_interpreters_tools_and_keeps_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin", "RAY_DEDUP_LOGS": "0"})
+    prepare_ray_environment()
+    assert os.environ["PATH"] == f"{Path(sys.executable).parent}{os.pathsep}/usr/bin"
+    assert os.environ["RAY_DEDUP_LOGS"] == "0"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_preparing_twice_changes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin"})
+    prepare_ray_environment()
+    once = dict(os.environ)
+    prepare_ray_environment()
+    assert dict(os.environ) == once
+
+
+def test_no_other_module_reads_the_environment() -> None:
+    offenders = []
+    for package in ("engine", "transfer", "cluster", "deployments"):
+        for path in (ROOT / package).rglob("*.py"):
+            if path.relative_to(ROOT) in EXEMPT:
+                continue
+            names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+            if names & {"environ", "getenv", "putenv"}:
+                offenders.append(str(path.relative_to(ROOT)))
+    assert not offenders
