@@ -1,0 +1,140 @@
+"""A local deployment in a process of its own, for the time of a measurement."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import yaml
+
+ROOT = Path(__file__).parents[1]
+LOCAL_CONFIG = ROOT / "deployments" / "configs" / "local.yaml"
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 60.0
+POLL_S = 0.5
+LOG_TAIL_LINES = 20
+
+# The zone must be one whose blocks may be found again by the same caller; a key without one caches nothing.
+PRINCIPAL = {"principal": "load", "tenant": "load", "zone": "tenant/load/case/load"}
+
+
+class ServerError(Exception):
+    """The deployment did not start, or ended early. The message ends with the tail of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A deployment that answers."""
+
+    url: str
+    key_file: Path
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key_file.read_text(encoding='utf-8').strip()}"}
+
+
+@contextmanager
+def local_server(directory: Path, *, config: Path = LOCAL_CONFIG) -> Iterator[Server]:
+    """Start `zoneserve serve` on a free port with keys of its own; end that process, and no other, on leaving.
+
+    Args:
+        directory: Gets the configuration, the keys (mode 0600) and the server's log.
+        config: The configuration to start from; port and keys are replaced.
+
+    Raises:
+        ServerError: Not healthy within `START_TIMEOUT_S`, or the process ended.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    prepared, key_file = _prepare(directory, config, port)
+    log_file = directory / "serve.log"
+    command = [str(Path(sys.executable).with_name("zoneserve")), "serve", "--config", str(prepared)]
+    with log_file.open("wb") as log:
+        # A session of its own: Ctrl-C ends the measurement first, which then stops the server in order.
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            server = Server(f"http://127.0.0.1:{port}", key_file)
+            _wait_until_healthy(server, process, log_file)
+            yield server
+        finally:
+            _stop(process)
+
+
+def _prepare(directory: Path, config: Path, port: int) -> tuple[Path, Path]:
+    """Write configuration and keys; returns (configuration file, file with the client's key)."""
+    key = f"zs-{secrets.token_urlsafe(32)}"
+    key_file, keys_file, master_key_file = (directory / name for name in ("key", "keys.yaml", "master.key"))
+    entry = {"sha256": hashlib.sha256(key.encode()).hexdigest(), **PRINCIPAL}
+    _write_private(key_file, key)
+    _write_private(keys_file, yaml.safe_dump({"keys": [entry]}, sort_keys=False))
+    _write_private(master_key_file, secrets.token_hex(32))
+
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    settings["ingress"] = settings.get("ingress", {}) | {"host": "127.0.0.1", "port": port}
+    settings["trust"] = {
+        "keys_file": str(keys_file.absolute()),
+        "master_key_file": str(master_key_file.absolute()),
+        "create_missing": False,
+    }
+    prepared = directory / "config.yaml"
+    prepared.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return prepared, key_file
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes], log_file: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerError(f"the server ended with status {process.returncode}:\n{_tail(log_file)}")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{server.url}/health", timeout=10.0).status_code == httpx.codes.OK:
+                return
+        time.sleep(POLL_S)
+    raise ServerError(f"the server was not healthy within {START_TIMEOUT_S:.0f} s:\n{_tail(log_file)}")
+
+
+def _tail(log_file: Path) -> str:
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-LOG_TAIL_LINES:]) or "(its log is empty)"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the process to stop; after the limit, end the group that was started with it."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
