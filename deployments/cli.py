@@ -90,20 +90,20 @@ def review(
 ) -> None:
     """Review claim files: one line a claim, `<claim>.json` and `<claim>.md` in the output folder."""
     from deployments.local import CLIENT_KEY_FILE, Endpoint, local_deployment
-    from deployments.review_client import review_files, sample_files
+    from deployments.review_client import read_files, review_files, sample_files
 
     chosen = [*(sample_files() if sample else []), *(files or [])]
     if not chosen:
         raise typer.BadParameter("name at least one file, or pass --sample")
+    files_read = read_files(chosen)
     with ExitStack() as stack:
         if url is not None:
-            key = (key_file or CLIENT_KEY_FILE).read_text(encoding="utf-8").strip()
-            endpoint = Endpoint(url.rstrip("/"), key)
+            endpoint = Endpoint(url.rstrip("/"), _read_key(key_file or CLIENT_KEY_FILE))
         else:
             settings = _with_port(load_config(config), port)
             with out.status("starting the deployment (Ray, 1 ingress, prefill and decode replicas)"):
                 endpoint = stack.enter_context(local_deployment(settings))
-        is_complete = review_files(chosen, endpoint, out_dir, out)
+        is_complete = review_files(files_read, endpoint, out_dir, out)
     raise typer.Exit(0 if is_complete else 1)
 
 
@@ -137,6 +137,13 @@ def cluster_check(
         out.print(table)
         raise typer.Exit(1)
     out.print(f"{target}: no findings", highlight=False, soft_wrap=True)
+
+
+def _read_key(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror or error}", param_hint="--key-file") from error
 
 
 def _with_port(config: ZoneserveConfig, port: int | None) -> ZoneserveConfig:

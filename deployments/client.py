@@ -63,7 +63,10 @@ class DecodeClient:
                 async with aclosing(self._attempt(call, hint, deadline)) as events:
                     async for event in events:
                         if event.error is not None:
-                            raise _error_of(event.error)
+                            error = _error_of(event.error)
+                            if isinstance(error, ReplicaLost) and not has_emitted and attempt < MAX_DECODE_ATTEMPTS:
+                                raise StreamCut from error  # its engine has stopped: another one may do it
+                            raise error
                         has_emitted = True
                         yield event
                 return

@@ -10,7 +10,7 @@ from typing import Any
 
 from deployments.config import ZoneserveConfig
 from deployments.engine_host import EngineStopped
-from deployments.errors import BadRequest, InternalFault, NoCapacity
+from deployments.errors import BadRequest, InternalFault, NoCapacity, ReplicaLost
 from deployments.handoff import DecodeHandoff
 from deployments.messages import GenerateCall, Provenance, TokenEvent, TokenLogprob
 from deployments.replica import EngineReplica
@@ -65,6 +65,8 @@ class DecodeReplica(EngineReplica):
             self.host.close(call.request_id)
             if handoff is not None:
                 self.in_background(_settle(handoff))
+            else:  # a reservation that was made while we were leaving: nobody has heard of its blocks
+                self.host.post(lambda engine: engine.release_quarantine(call.request_id))
 
     async def _start(self, request: Request) -> DecodeHandoff | None:
         """Queue the request here, or reserve its blocks and hand its prompt to prefill."""
@@ -170,4 +172,6 @@ def _describe(error: Exception) -> str:
         return f"{BadRequest.code}: {error}"
     if isinstance(error, NoCapacity | QueueFullError):
         return f"{NoCapacity.code}: {error}"
+    if isinstance(error, EngineStopped):
+        return f"{ReplicaLost.code}: the decode replica has stopped"
     return f"{InternalFault.code}: {type(error).__name__}"

@@ -27,6 +27,8 @@ def describe(config: ZoneserveConfig, source: Path) -> RenderableType:
         model.num_layers, model.num_kv_heads, model.head_dim, config.engine.block_size, config.model.dtype
     )
     facts = Table(show_header=False, title=f"{source}: valid")
+    facts.add_column()
+    facts.add_column(overflow="fold")
     facts.add_row("mode", config.mode)
     facts.add_row("model", f"{config.model.served_name} ({model.architecture}, {config.model.dtype}) from {path}")
     facts.add_row("context", f"{config.model.max_model_len} tokens")

@@ -109,7 +109,6 @@ class GenerationService:
             ServeError: As `DecodeClient.generate`.
         """
         if not self._admission.admit(len(choices)):
-            self._metrics.refusals.labels("inflight_limit").inc()
             raise OverCapacity("too many requests in flight", retry_after_s=self._admission.retry_after_s())
         try:
             if len(choices) == 1:

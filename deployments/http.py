@@ -64,6 +64,24 @@ class BodyLimit:
         await error_response(error)(scope, receive, send)
 
 
+class RequestCounter:
+    """ASGI middleware: reports route and status of each exchange; unknown paths count as one route."""
+
+    def __init__(self, app: ASGIApp, routes: frozenset[str], count: Callable[[str, int], None]) -> None:
+        self._app = app
+        self._routes = routes
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"]
+                self._count(path if path in self._routes else "other", message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counting if scope["type"] == "http" else send)
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
     is_sent = False
 

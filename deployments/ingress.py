@@ -27,6 +27,7 @@ from deployments.errors import BadRequest, InternalFault, ServeError, Unauthoriz
 from deployments.generation import GenerationService, TokenisedPrompt
 from deployments.http import (
     BodyLimit,
+    RequestCounter,
     bad_request,
     error_response,
     event_stream,
@@ -34,7 +35,7 @@ from deployments.http import (
     read_json,
     with_first,
 )
-from deployments.metrics import IngressMetrics, exposition, merge_expositions
+from deployments.metrics import exposition, ingress_metrics, merge_expositions
 from deployments.openai_shapes import ChatShape, CompletionShape
 from deployments.reviews import ReviewService
 from deployments.trust.labelling import unlabelled
@@ -50,6 +51,7 @@ logger = logging.getLogger("ray.serve.zoneserve.ingress")
 
 SCRAPE_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 5.0
+ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/reviews", "/v1/models", "/health", "/metrics"})
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -57,25 +59,30 @@ def make_app(max_body_bytes: int) -> FastAPI:
     """The ASGI application whose routes the Ingress deployment fills."""
     app = FastAPI(title="zoneserve", docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(RequestCounter, routes=ROUTES, count=_count_request)
+
+    def refuse(error: ServeError) -> Response:
+        ingress_metrics().refusals.labels(error.code).inc()
+        return error_response(error)
 
     async def on_serve_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServeError)
-        return error_response(error)
+        return refuse(error)
 
     async def on_request_error(request: Request, error: Exception) -> Response:
-        return error_response(BadRequest(str(error)))
+        return refuse(BadRequest(str(error)))
 
     async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ValidationError)
-        return error_response(bad_request(error))
+        return refuse(bad_request(error))
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_response(from_http_exception(error))
+        return refuse(from_http_exception(error))
 
     async def on_any_error(request: Request, error: Exception) -> Response:
         logger.exception("unhandled error")
-        return error_response(InternalFault("internal error"))
+        return refuse(InternalFault("internal error"))
 
     app.add_exception_handler(ServeError, on_serve_error)
     app.add_exception_handler(RequestError, on_request_error)
@@ -83,6 +90,10 @@ def make_app(max_body_bytes: int) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(Exception, on_any_error)
     return app
+
+
+def _count_request(route: str, status: int) -> None:
+    ingress_metrics().requests.labels(route, str(status)).inc()
 
 
 class Ingress:
@@ -98,7 +109,7 @@ class Ingress:
         self._grammars = GrammarCompiler(self._tokenizer)
         self._grammars.warm_up()
         self._principals = Principals.from_file(config.trust.keys_file)
-        self._metrics = IngressMetrics()
+        self._metrics = ingress_metrics()
         master_key = read_master_key(config.trust.master_key_file)
         self._generation = GenerationService(
             client=DecodeClient(decode, config.routing, self._metrics),
@@ -124,7 +135,7 @@ class Ingress:
         messages = [{"role": message.role, "content": message.text()} for message in body.messages]
         token_ids = await asyncio.to_thread(lambda: self._tokenizer.encode_chat(messages).token_ids)
         prompt = TokenisedPrompt(tuple(token_ids), unlabelled(len(token_ids), principal.zone))
-        choices = self._choices(body, prompt, body.token_limit, body.num_logprobs)
+        choices = await self._choices(body, prompt, body.token_limit, body.num_logprobs)
         return await self._respond(ChatShape(self._config.model.served_name), body, prompt, choices, arrival)
 
     async def completions(self, request: Request) -> Response:
@@ -133,7 +144,7 @@ class Ingress:
         body = await self._parse(request, api.CompletionRequest)
         token_ids = await asyncio.to_thread(self._prompt_ids, body.prompt)
         prompt = TokenisedPrompt(tuple(token_ids), unlabelled(len(token_ids), principal.zone))
-        choices = self._choices(body, prompt, body.token_limit, body.num_logprobs)
+        choices = await self._choices(body, prompt, body.token_limit, body.num_logprobs)
         return await self._respond(CompletionShape(self._config.model.served_name), body, prompt, choices, arrival)
 
     def _prompt_ids(self, prompt: str | list[int] | list[str]) -> list[int]:
@@ -148,7 +159,7 @@ class Ingress:
             raise BadRequest("the prompt has no tokens", param="prompt")
         return token_ids
 
-    def _choices(
+    async def _choices(
         self,
         body: api.ChatRequest | api.CompletionRequest,
         prompt: TokenisedPrompt,
@@ -158,13 +169,9 @@ class Ingress:
         max_tokens = self._generation.token_limit(len(prompt.token_ids), asked)
         seed = body.seed if body.seed is not None else secrets.randbits(62)
         sampling = [body.sampling(max_tokens, seed + index, logprobs) for index in range(body.n)]
-        self._tokenizer_check(sampling[0])
+        if sampling[0].json_schema is not None:  # refused here, before anything is admitted
+            await asyncio.to_thread(self._grammars.compile, sampling[0].json_schema)
         return sampling
-
-    def _tokenizer_check(self, sampling: SamplingParams) -> None:
-        """Refuse a schema that cannot be compiled before anything is admitted."""
-        if sampling.json_schema is not None:
-            self._grammars.compile(sampling.json_schema)
 
     async def _respond(
         self,
@@ -239,7 +246,6 @@ class Ingress:
     def _authenticate(self, request: Request) -> Principal:
         principal = self._principals.authenticate(request.headers.get("authorization"))
         if principal is None:
-            self._metrics.refusals.labels("unauthorized").inc()
             raise Unauthorized("a valid bearer key is required")
         return principal
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -74,6 +75,12 @@ class IngressMetrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = LATENCY_BUCKETS) -> Histogram:
         return Histogram(PREFIX + name, text, registry=self.registry, buckets=buckets)
+
+
+@cache
+def ingress_metrics() -> IngressMetrics:
+    """This process's; an ingress replica has a process of its own."""
+    return IngressMetrics()
 
 
 class ReplicaMetrics:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 
 from deployments import openai_api as api
 from deployments.generation import Completed, Timeline
@@ -31,20 +32,21 @@ class ChatShape:
         return self._base | {"object": "chat.completion", "choices": choices, "usage": usage}
 
     async def chunks(
-        self, events: AsyncIterator[tuple[int, TokenEvent, Timeline]], prompt_tokens: int, include_usage: bool
+        self, events: AsyncGenerator[tuple[int, TokenEvent, Timeline], None], prompt_tokens: int, include_usage: bool
     ) -> AsyncIterator[Mapping[str, object]]:
         completion_tokens = 0
         started: set[int] = set()
-        async for index, event, _ in events:
-            completion_tokens += len(event.token_ids)
-            if event.token_ids or event.text:
-                delta: dict[str, object] = {"content": event.text}
-                if index not in started:
-                    delta = {"role": "assistant", "content": event.text}
-                    started.add(index)
-                yield self._chunk(index, delta, None, include_usage, api.chat_logprobs(event.logprobs))
-            if event.finish_reason is not None:
-                yield self._chunk(index, {}, event.finish_reason, include_usage, None)
+        async with aclosing(events):
+            async for index, event, _ in events:
+                completion_tokens += len(event.token_ids)
+                if event.token_ids or event.text:
+                    delta: dict[str, object] = {"content": event.text}
+                    if index not in started:
+                        delta = {"role": "assistant", "content": event.text}
+                        started.add(index)
+                    yield self._chunk(index, delta, None, include_usage, api.chat_logprobs(event.logprobs))
+                if event.finish_reason is not None:
+                    yield self._chunk(index, {}, event.finish_reason, include_usage, None)
         if include_usage:
             usage = api.usage(prompt_tokens, completion_tokens)
             yield self._base | {"object": "chat.completion.chunk", "choices": [], "usage": usage}
@@ -83,22 +85,23 @@ class CompletionShape:
         return self._base | {"choices": choices, "usage": usage}
 
     async def chunks(
-        self, events: AsyncIterator[tuple[int, TokenEvent, Timeline]], prompt_tokens: int, include_usage: bool
+        self, events: AsyncGenerator[tuple[int, TokenEvent, Timeline], None], prompt_tokens: int, include_usage: bool
     ) -> AsyncIterator[Mapping[str, object]]:
         completion_tokens = 0
         lengths: dict[int, int] = {}
-        async for index, event, _ in events:
-            completion_tokens += len(event.token_ids)
-            offset = lengths.get(index, 0)
-            lengths[index] = offset + len(event.text)
-            choice = {
-                "index": index,
-                "text": event.text,
-                "logprobs": api.completion_logprobs(event.logprobs, offset),
-                "finish_reason": event.finish_reason,
-                "stop_reason": event.stop_reason,
-            }
-            yield self._base | {"choices": [choice]} | ({"usage": None} if include_usage else {})
+        async with aclosing(events):
+            async for index, event, _ in events:
+                completion_tokens += len(event.token_ids)
+                offset = lengths.get(index, 0)
+                lengths[index] = offset + len(event.text)
+                choice = {
+                    "index": index,
+                    "text": event.text,
+                    "logprobs": api.completion_logprobs(event.logprobs, offset),
+                    "finish_reason": event.finish_reason,
+                    "stop_reason": event.stop_reason,
+                }
+                yield self._base | {"choices": [choice]} | ({"usage": None} if include_usage else {})
         if include_usage:
             yield self._base | {"choices": [], "usage": api.usage(prompt_tokens, completion_tokens)}
 

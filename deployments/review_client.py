@@ -19,6 +19,8 @@ from deployments.local import Endpoint
 
 SAMPLES = Path(__file__).parent / "claims" / "samples"
 REVIEW_TIMEOUT_S = 600.0
+MAX_FILES_IN_CALL = 100
+MAX_CALL_BYTES = 3 << 20  # of base64; the service takes bodies of 4 MiB
 RISK_STYLE = {"none": "green", "low": "green", "medium": "yellow", "high": "red", "critical": "bold red"}
 ORIGIN_NAMES = {
     "decode_cache": "cached on decode",
@@ -26,6 +28,9 @@ ORIGIN_NAMES = {
     "prefill_computed": "computed on prefill",
     "decode_computed": "computed on decode",
 }
+
+
+EncodedFile = dict[str, str]
 
 
 class ReviewClientError(Exception):
@@ -50,11 +55,20 @@ def sample_files() -> list[Path]:
     return sorted(SAMPLES.glob("*.edi"))
 
 
-def review_files(files: list[Path], endpoint: Endpoint, out_dir: Path, out: Console) -> bool:
+def read_files(files: list[Path]) -> list[EncodedFile]:
+    """Read all files before anything is started.
+
+    Raises:
+        ReviewClientError: One cannot be read.
+    """
+    return [_encoded(path) for path in files]
+
+
+def review_files(files: list[EncodedFile], endpoint: Endpoint, out_dir: Path, out: Console) -> bool:
     """Review all claims of `files`; True when every one was reviewed.
 
     Raises:
-        ReviewClientError: A file cannot be read, or the service refused the call.
+        ReviewClientError: The service refused the call, or its answer ended early.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     tally = _Tally()
@@ -67,13 +81,14 @@ def review_files(files: list[Path], endpoint: Endpoint, out_dir: Path, out: Cons
     )
     with Progress(*columns, console=out, transient=True) as progress:
         task = progress.add_task("claims", total=None)
-        progress.console.print(
-            _line("claim", "risk", "action", "TTFT", "prompt tokens by origin", "flags"), style="bold"
-        )
+        out.print(f"prompt tokens by origin: {' / '.join(ORIGIN_NAMES.values())}", style="dim", soft_wrap=True)
+        out.print(_line("claim", "risk", "action", "TTFT", "prompt tokens", "flags"), style="bold", soft_wrap=True)
+        num_claims = 0
         for event in _events(files, endpoint):
             match event["type"]:
                 case "accepted":
-                    progress.update(task, total=event["num_claims"])
+                    num_claims += event["num_claims"]
+                    progress.update(task, total=num_claims)
                 case "disposition":
                     _take_disposition(event["disposition"], tally, out)
                 case "review":
@@ -83,16 +98,35 @@ def review_files(files: list[Path], endpoint: Endpoint, out_dir: Path, out: Cons
     return tally.num_refused == 0 and tally.num_reviews > 0
 
 
-def _events(files: list[Path], endpoint: Endpoint) -> Iterator[dict[str, Any]]:
-    body = {"stream": True, "files": [_encoded(path) for path in files]}
+def _events(files: list[EncodedFile], endpoint: Endpoint) -> Iterator[dict[str, Any]]:
+    for batch in _batches(files):
+        yield from _call(batch, endpoint)
+
+
+def _batches(files: list[EncodedFile]) -> Iterator[list[EncodedFile]]:
+    """Files in order, as many in a call as the service takes. A member's history does not reach across calls."""
+    batch: list[EncodedFile] = []
+    size = 0
+    for file in files:
+        if batch and (len(batch) == MAX_FILES_IN_CALL or size + len(file["content_base64"]) > MAX_CALL_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(file)
+        size += len(file["content_base64"])
+    if batch:
+        yield batch
+
+
+def _call(batch: list[EncodedFile], endpoint: Endpoint) -> Iterator[dict[str, Any]]:
     headers = {"Authorization": f"Bearer {endpoint.key}"}
+    body = {"stream": True, "files": batch}
+    is_done = False
     try:
         with httpx.stream(
             "POST", f"{endpoint.url}/v1/reviews", json=body, headers=headers, timeout=REVIEW_TIMEOUT_S
         ) as response:
             if response.status_code != httpx.codes.OK:
                 raise ReviewClientError(_refusal(response.read(), response.status_code))
-            is_done = False
             for line in response.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
                     event = json.loads(line.removeprefix("data: "))
@@ -106,7 +140,7 @@ def _events(files: list[Path], endpoint: Endpoint) -> Iterator[dict[str, Any]]:
         raise ReviewClientError("the answer ended early")
 
 
-def _encoded(path: Path) -> dict[str, str]:
+def _encoded(path: Path) -> EncodedFile:
     try:
         return {"name": path.name, "content_base64": base64.b64encode(path.read_bytes()).decode()}
     except OSError as error:
@@ -121,19 +155,26 @@ def _refusal(body: bytes, status: int) -> str:
 
 
 def _take_disposition(disposition: dict[str, Any], tally: _Tally, out: Console) -> None:
-    where = " ".join(
+    where = [
         f"{name.replace('_', ' ')} {disposition[name]}"
         for name in ("claim_id", "segment_number", "segment_id", "line_number")
         if disposition.get(name) is not None
-    )
+    ]
     is_refusal = disposition["outcome"] == "refused"
     tally.num_refused += is_refusal
     style = "red" if is_refusal else "dim"
     out.print(
-        f"{disposition['file']}: {disposition['outcome']} ({disposition['reason']}) {where} {disposition['detail']}",
+        " ".join(
+            [
+                f"{disposition['file']}: {disposition['outcome']} ({disposition['reason']})",
+                *where,
+                disposition["detail"],
+            ]
+        ),
         style=style,
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -160,14 +201,14 @@ def _take_review(event: dict[str, Any], tally: _Tally, out_dir: Path, out: Conso
 
 def _line(*cells: str) -> str:
     claim, risk, action, ttft, origins, flags = cells
-    return f"{claim:<18} {risk:<9} {action:<16} {ttft:>8}  {origins:<24} {flags}"
+    return f"{claim:<18} {risk:<9} {action:<16} {ttft:>8}  {origins:<15} {flags}"
 
 
 def _print_summary(tally: _Tally, out_dir: Path, out: Console) -> None:
     table = Table(show_header=False, title="summary")
     table.add_row("claims reviewed", str(tally.num_reviews))
     table.add_row("inputs refused", str(tally.num_refused))
-    table.add_row("reviews by rules alone (model abstained)", str(tally.num_abstained))
+    table.add_row("of them by rules alone", str(tally.num_abstained))
     table.add_row("actions", ", ".join(f"{action} {count}" for action, count in tally.actions.most_common()))
     if tally.ttfts_s:
         ordered = sorted(tally.ttfts_s)

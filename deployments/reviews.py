@@ -9,7 +9,8 @@ import datetime as dt
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -132,15 +133,17 @@ class ReviewService:
         for disposition in (item for result in results for item in result.dispositions):
             self._metrics.dispositions.labels(disposition.reason.value).inc()
             yield {"type": "disposition", "disposition": _plain(disposition)}
-        async for result in self._reviews(claims, principal, request.plan or self._config.claims.plan):
-            self._metrics.reviews.labels(result.review["recommended_action"]).inc()
-            yield {
-                "type": "review",
-                "file_stem": result.file_stem,
-                "review": result.review,
-                "narrative_md": result.narrative_md,
-                "serving": result.serving,
-            }
+        plan = request.plan or self._config.claims.plan
+        async with aclosing(self._reviews(claims, principal, plan)) as reviews:
+            async for result in reviews:
+                self._metrics.reviews.labels(result.review["recommended_action"]).inc()
+                yield {
+                    "type": "review",
+                    "file_stem": result.file_stem,
+                    "review": result.review,
+                    "narrative_md": result.narrative_md,
+                    "serving": result.serving,
+                }
         yield {"type": "done", "num_reviews": len(claims)}
 
     async def whole(self, request: ReviewRequest, principal: Principal) -> dict[str, Any]:
@@ -157,7 +160,9 @@ class ReviewService:
         intake = ClaimIntake(Pseudonymiser(self._pseudonym_key, tenant))
         return [intake.read_bytes(data[: MAX_FILE_BYTES + 1], name=name) for name, data in inputs]
 
-    async def _reviews(self, claims: list[Claim], principal: Principal, plan: str) -> AsyncIterator[ReviewResult]:
+    async def _reviews(
+        self, claims: list[Claim], principal: Principal, plan: str
+    ) -> AsyncGenerator[ReviewResult, None]:
         stems = _file_stems(claims)
 
         async def one(claim: Claim, history: tuple[Claim, ...], stem: str) -> ReviewResult:

@@ -38,6 +38,7 @@ def prepare_ray_environment() -> None:
         "RAY_DEDUP_LOGS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_WAIT_POLICY": "passive",
+        "PYTHON_DOTENV_DISABLED": "1",  # x12sdk would read any .env file above its package
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

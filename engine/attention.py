@@ -19,7 +19,7 @@ from engine.model_config import RopeConfig
 PADDING_SLACK_TOKENS = 256
 # Scores of one tile of a prefill chunk stay near the size of a CPU's second-level cache.
 QUERY_TILE_TOKENS = 128
-# oneDNN sums up to this many products in one order whatever else the call computes, and more of them in several.
+# oneDNN sums up to this many products in one order whatever else the call computes; for more, the order varies.
 SEGMENT_TOKENS = 1024
 
 
@@ -227,7 +227,13 @@ class PrefillAttention:
 class StepAttention:
     """Attention of one step: B decodes first, then prefill chunks, over tokens concatenated in that order.
 
-    A row's result depends on its own sequence only.
+    A row's value is a function of its own sequence up to itself. On a CPU with AVX-512 its bits are too, and
+    depend neither on the rest of the batch nor on the number of threads; in bfloat16 nor on how the
+    sequence was cut into chunks, while float32 prefill and decode differ in the last bits (MKL picks its
+    order of summation by the number of rows).
+
+    Numerics: scores, probabilities and results are rounded to the cache's dtype, sums are float32;
+    tolerances in tests/conformance/test_attention.py.
     """
 
     def __init__(self, cache: PagedKVCache, chunks: Sequence[Chunk], scale: float) -> None:

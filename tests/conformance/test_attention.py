@@ -163,6 +163,12 @@ def test_blocks_reserved_ahead_do_not_matter():
     check(pool, [pool.sequence(9, 1, spare_blocks=3), pool.sequence(5, 6, spare_blocks=2)])
 
 
+def test_step_order_is_decodes_by_context_and_then_prefills_as_they_come():
+    starts_and_sizes = [(0, 5), (900, 1), (3, 1), (8, 2), (40, 1)]
+    chunks = [ScheduledChunk("r", start, (0,) * size, (0,), True) for start, size in starts_and_sizes]
+    assert in_step_order(chunks) == [2, 4, 1, 0, 3]
+
+
 def test_random_mixed_steps():
     for seed in range(25):
         pool = Pool(seed=seed, block_size=random.Random(seed).choice([2, 4, 8, 16]))

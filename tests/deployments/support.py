@@ -23,8 +23,9 @@ def run(body: Callable[[], Awaitable[None]]) -> None:
     """Run a test's coroutine within a limit; a task that it leaves behind fails the test."""
 
     async def guarded() -> None:
-        async with asyncio.timeout(RUN_TIMEOUT_S):
+        async with asyncio.timeout(RUN_TIMEOUT_S) as limit:
             await body()
+        assert not limit.expired(), "a test that expects a cancellation took the time limit's for it"
         await settle()
         left = asyncio.all_tasks() - {asyncio.current_task()}
         assert not left, f"tasks left behind: {left}"

@@ -221,7 +221,7 @@ def test_what_the_replica_raises_is_an_internal_fault_without_its_text(cause: Ex
     [
         ("invalid_request: the schema does not compile", BadRequest, "the schema does not compile"),
         ("no_capacity: no KV blocks", NoCapacity, "no KV blocks"),
-        ("replica_lost: prefill: and decode", ReplicaLost, "prefill: and decode"),
+        ("no_capacity: prefill: and decode", NoCapacity, "prefill: and decode"),
         ("deadline_exceeded: too slow", DeadlineExceeded, "too slow"),
         ("internal_error: KeyError", InternalFault, "KeyError"),
     ],
@@ -234,6 +234,19 @@ def test_error_event_becomes_the_error_it_names(text: str, kind: type[ServeError
             assert seen == before
             assert error.message == message
             assert (error.retry_after_s is not None) == (kind is NoCapacity)
+
+    run(body)
+
+
+def test_a_replica_whose_engine_has_stopped_is_left_for_another_before_the_first_token() -> None:
+    async def body() -> None:
+        stopped = TokenEvent(error="replica_lost: the decode replica has stopped")
+        client = Client([stopped], [token(1), last(2)])
+        assert await client.events() == [token(1), last(2)]
+        assert client.num_retries == 1
+        for script in ([[token(1), stopped], [last(2)]], [[stopped], [stopped]]):
+            _, error = await Client(*script).fails(ReplicaLost)
+            assert error.message == "the decode replica has stopped"
 
     run(body)
 
