@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from deployments.engine_host import EngineStopped
 from deployments.errors import BadRequest, InternalFault, NoCapacity, ReplicaLost
 from deployments.handoff import DecodeHandoff
 from deployments.messages import GenerateCall, Provenance, TokenEvent, TokenLogprob
-from deployments.replica import EngineReplica
+from deployments.replica import EngineReplica, ReplicaParts, build_parts
 from engine.engine import RequestOutput, Reservation
 from engine.errors import EngineError, QueueFullError, RequestError
 from engine.request import FinishReason, Request
@@ -31,15 +30,19 @@ class DecodeReplica(EngineReplica):
 
     role = "decode"
 
-    def __init__(self, config: ZoneserveConfig, model_path: str, prefill: Any | None) -> None:
-        super().__init__(config, config.decode, model_path)
+    def __init__(
+        self, config: ZoneserveConfig, model_path: str, prefill: Any | None, parts: ReplicaParts | None = None
+    ) -> None:
+        parts = parts or build_parts(self.role, config, config.decode, model_path)
+        super().__init__(config, parts)
         self._prefill = prefill
         self._receiver = HandoffReceiver(
             self.connector,
-            TicketSealer(self.transfer_key, time.time),
-            self.transfer_key,
+            TicketSealer(parts.transfer_key, parts.unix_time_s),
+            parts.transfer_key,
             weights_digest=self.runner.weights_digest,
-            generations_of=self._engine.generations,
+            generations_of=parts.engine.generations,  # plain integers, read between two bytecodes
+            clock=parts.unix_time_s,
         )
         self._reserving = asyncio.Lock()
 

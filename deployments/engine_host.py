@@ -73,6 +73,7 @@ class EngineHost:
         self._streams: dict[str, OutputStream] = {}
         self._queued_since: dict[str, float] = {}
         self._stopping = False
+        self._num_turns = 0
         self._gate = threading.Lock()  # no command enters the queue after `_fail` has emptied it
         self.fault: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -174,18 +175,21 @@ class EngineHost:
 
     def _run(self) -> None:
         try:
-            steps = 0
             while not self._stopping:
-                self._run_commands(wait=not self._engine.has_work)
-                if self._engine.has_work and not self._stopping:
-                    self._step()
-                steps += 1
-                if steps % STEPS_BETWEEN_EXPIRY == 0 or not self._engine.has_work:
-                    self._engine.expire()
+                self._turn()
             self._fail(EngineStopped("the replica is shutting down"))
         except Exception as error:
             logger.exception("the engine cannot go on")
             self._fail(error)
+
+    def _turn(self) -> None:
+        """The commands that wait, then one step; where there is nothing to compute, wait for a command."""
+        self._run_commands(wait=not self._engine.has_work)
+        if self._engine.has_work and not self._stopping:
+            self._step()
+        self._num_turns += 1
+        if self._num_turns % STEPS_BETWEEN_EXPIRY == 0 or not self._engine.has_work:
+            self._engine.expire()
 
     def _run_commands(self, *, wait: bool) -> None:
         for _ in range(MAX_COMMANDS_BETWEEN_STEPS):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 
 from deployments.config import ZoneserveConfig
 from deployments.engine_host import EngineStopped
 from deployments.messages import FirstToken, PrefillCall, PrefillDone, PrefillEvent, PrefillRefused
-from deployments.replica import EngineReplica
+from deployments.replica import EngineReplica, ReplicaParts, build_parts
 from engine.engine import RequestOutput
 from engine.errors import EngineError
 from engine.kv_cache import KVCacheLayout
@@ -37,17 +36,22 @@ class PrefillReplica(EngineReplica):
 
     role = "prefill"
 
-    def __init__(self, config: ZoneserveConfig, model_path: str) -> None:
-        super().__init__(config, config.prefill, model_path)
+    def __init__(self, config: ZoneserveConfig, model_path: str, parts: ReplicaParts | None = None) -> None:
+        parts = parts or build_parts(self.role, config, config.prefill, model_path)
+        super().__init__(config, parts)
         verifier = TicketVerifier(
-            TicketSealer(self.transfer_key, time.time),
-            ReplayGuard(time.time),
+            TicketSealer(parts.transfer_key, parts.unix_time_s),
+            ReplayGuard(parts.unix_time_s),
             layout_fingerprint=self.runner.layout.fingerprint(),
             weights_digest=self.runner.weights_digest,
             agent_name=self.connector.name,
         )
         self._sender = HandoffSender(
-            self.connector, verifier, self.transfer_key, write_timeout_s=config.transfer.write_timeout_s
+            self.connector,
+            verifier,
+            parts.transfer_key,
+            write_timeout_s=config.transfer.write_timeout_s,
+            clock=parts.unix_time_s,
         )
         self._ended: dict[str, asyncio.Event] = {}  # calls under way, by request
         self._revoked: OrderedDict[str, None] = OrderedDict()

@@ -6,15 +6,15 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 
 from deployments.config import PoolSection, ZoneserveConfig
-from deployments.engine_host import EngineHost
+from deployments.engine_host import EngineHost, HostObserver
 from deployments.metrics import EngineCollector, ReplicaMetrics, exposition
 from deployments.trust.principals import read_master_key
 from engine.block_hash import BlockHasher, HashContext, derive_key
@@ -24,11 +24,25 @@ from engine.model_runner import ModelRunner, load_runner
 from engine.scheduler import SchedulerConfig
 from engine.tokenizer import Tokenizer
 from transfer.nixl_connector import NixlConnector
-from transfer.protocol import KVPool
+from transfer.protocol import KVConnector, KVPool
 
 logger = logging.getLogger("ray.serve.zoneserve.replica")
 
-CLEANUP_TIMEOUT_S = 60.0
+
+@dataclass(frozen=True, slots=True)
+class ReplicaParts:
+    """What a replica is built on. `build_parts` makes the real ones; a simulation hands in its own.
+
+    `make_host`: puts the engine on its thread. `unix_time_s`: tickets expire by it.
+    """
+
+    engine: Engine
+    runner: ModelRunner
+    tokenizer: Tokenizer
+    connector: KVConnector
+    transfer_key: bytes
+    make_host: Callable[[Engine, HostObserver], EngineHost] = EngineHost
+    unix_time_s: Callable[[], float] = time.time
 
 
 class EngineReplica:
@@ -42,38 +56,14 @@ class EngineReplica:
 
     role: str
 
-    def __init__(self, config: ZoneserveConfig, pool: PoolSection, model_path: str) -> None:
-        started = time.monotonic()
+    def __init__(self, config: ZoneserveConfig, parts: ReplicaParts) -> None:
         self.config = config
+        self.runner = parts.runner
+        self.tokenizer = parts.tokenizer
+        self.connector = parts.connector
         self.metrics = ReplicaMetrics()
-        checkpoint = load_checkpoint(Path(model_path))
-        tokenizer = Tokenizer.from_path(checkpoint.tokenizer_source)
-        self.tokenizer = tokenizer
-        self.runner = load_runner(
-            checkpoint,
-            dtype=config.model.dtype,
-            block_size=config.engine.block_size,
-            num_blocks=pool.num_blocks,
-            backend=config.engine.backend,
-            device=pool.device,
-            num_threads=pool.num_threads,
-        )
-        master_key = read_master_key(config.trust.master_key_file)
-        self.transfer_key = derive_key(master_key, b"kv-transfer")
-        self._engine = Engine(
-            config=scheduler_config(config),
-            runner=self.runner,
-            tokenizer=tokenizer,
-            hasher=BlockHasher(master_key, hash_context(self.runner, tokenizer, str(checkpoint.config.rope))),
-            num_blocks=pool.num_blocks,
-            case_idle_ttl_s=config.engine.case_idle_ttl_s,
-        )
-        self.connector = NixlConnector(
-            self.role, kv_pool(self.runner), compatibility=compatibility(config, self.runner, tokenizer)
-        )
-        self.host = EngineHost(self._engine, self)
+        self.host = parts.make_host(parts.engine, self)
         self._background: set[asyncio.Task[None]] = set()
-        logger.info("%s ready in %.1f s", self.role, time.monotonic() - started)
 
     def step_took(self, seconds: float) -> None:
         self.metrics.step_time.observe(seconds)
@@ -118,6 +108,34 @@ class EngineReplica:
             "transfer_failures": stats.writes_failed,
             "transfer_timeouts": stats.writes_timed_out,
         }
+
+
+def build_parts(role: str, config: ZoneserveConfig, pool: PoolSection, model_path: str) -> ReplicaParts:
+    """Load the checkpoint, make an engine on it, and join its KV cache to the NIXL transfer."""
+    started = time.monotonic()
+    checkpoint = load_checkpoint(Path(model_path))
+    tokenizer = Tokenizer.from_path(checkpoint.tokenizer_source)
+    runner = load_runner(
+        checkpoint,
+        dtype=config.model.dtype,
+        block_size=config.engine.block_size,
+        num_blocks=pool.num_blocks,
+        backend=config.engine.backend,
+        device=pool.device,
+        num_threads=pool.num_threads,
+    )
+    master_key = read_master_key(config.trust.master_key_file)
+    engine = Engine(
+        config=scheduler_config(config),
+        runner=runner,
+        tokenizer=tokenizer,
+        hasher=BlockHasher(master_key, hash_context(runner, tokenizer, str(checkpoint.config.rope))),
+        num_blocks=pool.num_blocks,
+        case_idle_ttl_s=config.engine.case_idle_ttl_s,
+    )
+    connector = NixlConnector(role, kv_pool(runner), compatibility=compatibility(config, runner, tokenizer))
+    logger.info("%s ready in %.1f s", role, time.monotonic() - started)
+    return ReplicaParts(engine, runner, tokenizer, connector, derive_key(master_key, b"kv-transfer"))
 
 
 def scheduler_config(config: ZoneserveConfig) -> SchedulerConfig:

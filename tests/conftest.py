@@ -9,6 +9,7 @@ import pytest
 
 from engine.model_store import fetch
 from engine.tokenizer import Tokenizer
+from tests.conformance.greedy import NUM_OUTPUT_TOKENS, TransformersOracle, make_prompts
 from tests.local_deployment import Deployment, start_deployment
 
 
@@ -27,21 +28,24 @@ def tokenizer(smollm2_path: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def greedy_prompts(tokenizer: Tokenizer) -> dict[str, tuple[int, ...]]:
     """Prompts of 1 to 3,000 tokens by name."""
-    from tests.conformance.greedy import make_prompts
-
     return {f"p{len(prompt)}": prompt for prompt in make_prompts(tokenizer)}
 
 
 @pytest.fixture(scope="session")
-def greedy_oracle(smollm2_path: Path, greedy_prompts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """What transformers answers to `greedy_prompts` in float32."""
+def transformers_oracle(smollm2_path: Path) -> TransformersOracle:
+    """The transformers model in float32 over the checkpoint's weights."""
     import torch
 
-    from tests.conformance.greedy import NUM_OUTPUT_TOKENS, TransformersOracle
-
     torch.set_num_threads(2)
-    oracle = TransformersOracle(smollm2_path)
-    return {name: oracle.greedy(prompt, NUM_OUTPUT_TOKENS) for name, prompt in greedy_prompts.items()}
+    return TransformersOracle(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def greedy_oracle(
+    transformers_oracle: TransformersOracle, greedy_prompts: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """What transformers answers to `greedy_prompts`."""
+    return {name: transformers_oracle.greedy(prompt, NUM_OUTPUT_TOKENS) for name, prompt in greedy_prompts.items()}
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from engine.model_runner import ModelRunner
 from engine.request import Request, SamplingParams
 from engine.scheduler import SchedulerConfig
 from engine.tokenizer import Tokenizer
-from engine.zone import PUBLIC, Zone, ZoneSpan
+from engine.zone import PUBLIC, ZoneSpan
 
 PROMPT_LENGTHS = (
     1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 47, 64, 65, 100, 127, 128, 129, 200, 255, 300, 400, 511, 700, 1000, 3000
@@ -153,12 +153,12 @@ def make_engine(runner: ModelRunner, tokenizer: Tokenizer, *, num_blocks: int | 
     )
 
 
-def make_request(name: str, prompt: tuple[int, ...], zone: Zone = PUBLIC) -> Request:
+def make_request(name: str, prompt: tuple[int, ...], num_output_tokens: int = NUM_OUTPUT_TOKENS) -> Request:
     return Request(
         request_id=name,
         prompt_token_ids=prompt,
-        sampling=SamplingParams(max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True),
-        zone_spans=(ZoneSpan(len(prompt), zone),),
+        sampling=SamplingParams(max_tokens=num_output_tokens, ignore_eos=True),
+        zone_spans=(ZoneSpan(len(prompt), PUBLIC),),
     )
 
 

@@ -25,8 +25,8 @@ def runner(smollm2_path: Path) -> ModelRunner:
     return load_runner(load_checkpoint(smollm2_path), dtype="float32", block_size=16, num_blocks=640, num_threads=2)
 
 
-def test_the_oracle_continues_a_known_sentence(smollm2_path: Path, tokenizer: Tokenizer) -> None:
-    tokens = TransformersOracle(smollm2_path).greedy(tokenizer.encode("The capital of France is"), 1)
+def test_the_oracle_continues_a_known_sentence(transformers_oracle: TransformersOracle, tokenizer: Tokenizer) -> None:
+    tokens = transformers_oracle.greedy(tokenizer.encode("The capital of France is"), 1)
     assert tokenizer.decode(tokens) == " Paris"
 
 
@@ -60,13 +60,14 @@ def test_after_a_prefix_hit(runner: ModelRunner, tokenizer: Tokenizer, greedy_pr
     assert engine.stats().prefix_cache_hits - before == reusable > 0
 
 
-def test_after_preemption(runner: ModelRunner, tokenizer: Tokenizer, greedy_prompts, greedy_oracle) -> None:
-    """Prompts that end on a block's edge, in a pool without a block to spare: each next token needs one."""
-    chosen = {name: prompt for name, prompt in greedy_prompts.items() if len(prompt) in (15, 16, 31, 47, 64, 127, 128)}
-    blocks = sum(-(-len(prompt) // 16) for prompt in chosen.values()) + 1
+def test_after_preemption(
+    runner: ModelRunner, tokenizer: Tokenizer, greedy_prompts, transformers_oracle: TransformersOracle
+) -> None:
+    """Four answers of 40 tokens in a pool that holds the prompts and little more: some must start again."""
+    chosen = {name: prompt for name, prompt in greedy_prompts.items() if len(prompt) in (15, 31, 47, 64)}
     engine = make_engine(
-        runner, tokenizer, num_blocks=blocks, max_num_batched_tokens=512, max_prefill_chunk=512, local_output_reserve=1
+        runner, tokenizer, num_blocks=15, max_num_batched_tokens=512, max_prefill_chunk=512, local_output_reserve=0
     )
-    tokens = run_all(engine, [make_request(name, prompt) for name, prompt in chosen.items()])
-    assert tokens == {name: greedy_oracle[name] for name in chosen}
+    tokens = run_all(engine, [make_request(name, prompt, 40) for name, prompt in chosen.items()])
     assert engine.stats().preemptions > 0
+    assert tokens == {name: transformers_oracle.greedy(prompt, 40) for name, prompt in chosen.items()}

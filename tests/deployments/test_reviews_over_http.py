@@ -105,7 +105,7 @@ def test_a_bad_file_has_a_named_disposition_and_its_neighbour_is_reviewed(name: 
     body = response.json()
     found = [item for item in body["dispositions"] if item["file"] == "bad.edi"]
     assert reasons & {item["reason"] for item in found if item["outcome"] == outcome}, found
-    assert "SYNTH-0004" in {item["review"]["claim_id"] for item in body["reviews"]}
+    assert "SYNTH-0005" in {item["review"]["claim_id"] for item in body["reviews"]}
     assert httpx.get(f"{deployment.url}/health", timeout=20.0).status_code == 200
 
 
