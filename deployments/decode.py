@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -45,11 +46,13 @@ class DecodeReplica(EngineReplica):
             clock=parts.unix_time_s,
         )
         self._reserving = asyncio.Lock()
+        self._calls = itertools.count()
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[TokenEvent]:
         """Tokens of one sequence as they come. Cancelling it frees everything on both sides."""
+        request_id = f"{call.request_id}/{next(self._calls)}"  # a call that is tried again may meet its earlier self
         request = Request(
-            request_id=call.request_id,
+            request_id=request_id,
             prompt_token_ids=call.prompt_token_ids,
             sampling=call.sampling,
             zone_spans=call.zone_spans,
@@ -65,11 +68,11 @@ class DecodeReplica(EngineReplica):
         except (RequestError, NoCapacity, QueueFullError, EngineError, EngineStopped) as error:
             yield TokenEvent(error=_describe(error))
         finally:
-            self.host.close(call.request_id)
+            self.host.close(request_id)
             if handoff is not None:
                 self.in_background(_settle(handoff))
             else:  # a reservation that was made while we were leaving: nobody has heard of its blocks
-                self.host.post(lambda engine: engine.release_quarantine(call.request_id))
+                self.host.post(lambda engine: engine.release_quarantine(request_id))
 
     async def _start(self, request: Request) -> DecodeHandoff | None:
         """Queue the request here, or reserve its blocks and hand its prompt to prefill."""

@@ -21,7 +21,6 @@ from deployments.engine_host import EngineHost, EngineStopped
 from deployments.messages import FirstToken, PrefillCall, PrefillRefused, RouteHint
 from deployments.metrics import ReplicaMetrics
 from engine.engine import Engine, Reservation
-from engine.errors import EngineError
 from engine.request import Request, RequestStatus
 from engine.sampler import SampledToken
 from engine.zone import joined_zone
@@ -32,9 +31,10 @@ from transfer.quarantine import HandoffFault
 logger = logging.getLogger("ray.serve.zoneserve.handoff")
 
 FIRST_TOKEN_GRACE_S = 5.0  # the blocks may land before Ray delivers the token that came first
+NOTICE_GRACE_S = 5.0  # prefill's stream may end before its notice arrives
 STREAM_END_GRACE_S = 10.0
-MAX_SETTLE_ATTEMPTS = 5
-SETTLE_PAUSE_S = 1.0
+SETTLE_PAUSE_S = 1.0  # doubles with each question that got no answer
+MAX_SETTLE_PAUSE_S = 30.0
 
 
 class HandoffFailed(Exception):
@@ -83,8 +83,12 @@ class DecodeHandoff:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def abandon(self) -> asyncio.Task[None]:
-        """The request is gone from the engine, or soon will be: stop, and free the blocks behind their fence."""
-        if self.receipt is None:
+        """The request is gone from the engine, or soon will be: stop, and free the blocks behind their fence.
+
+        Returns:
+            The task. Once it is done, `settling` is what may be left to wait for.
+        """
+        if self.seconds is None:
             self._task.cancel()
         return self._task
 
@@ -92,18 +96,18 @@ class DecodeHandoff:
         try:
             await self._attempt()
         except HandoffFailed as failure:
-            await self._give_up(failure.reason, failure.fault)
+            self._give_up(failure.reason, failure.fault)
         except LandingRefused as refusal:
-            await self._give_up(str(refusal.fault), None)
+            self._give_up(str(refusal.fault), None)
         except (ConnectorClosed, EngineStopped) as error:
             logger.warning("%s: %s", self._request.request_id, error)
-            await self._give_up("shutdown", HandoffFault.CANCELLED)
+            self._give_up("shutdown", HandoffFault.CANCELLED)
         except asyncio.CancelledError:
             self._metrics.handoffs.labels("cancelled").inc()
             self._release_blocks(HandoffFault.CANCELLED)
         except Exception:
             logger.exception("%s: the handoff failed unexpectedly", self._request.request_id)
-            await self._give_up("unexpected", None)
+            self._give_up("unexpected", None)
 
     async def _attempt(self) -> None:
         context = self._prefill.choose_replica(
@@ -116,23 +120,25 @@ class DecodeHandoff:
             raise HandoffFailed("no_prefill_replica") from None
         except (RayError, RayServeException) as error:
             raise HandoffFailed("prefill_unavailable") from error
-        consumer: asyncio.Task[None] | None = None
         try:
             landing = await self._issue(selection.replica_metadata)
-            response = self._prefill.dispatch(selection, self._call(landing))
-            consumer = asyncio.get_running_loop().create_task(self._consume(response))
-            try:
-                await self._land(landing, consumer)
-                await self._complete()
-                await asyncio.wait([consumer], timeout=STREAM_END_GRACE_S)
-            finally:
-                if not consumer.done():
-                    response.cancel()
+            await self._receive(landing, self._prefill.dispatch(selection, self._call(landing)))
         finally:
-            if consumer is not None:
+            await asyncio.shield(_leave(context))
+
+    async def _receive(self, landing: Landing, response: Any) -> None:
+        """Take first token and blocks, in whichever order they come."""
+        consumer = asyncio.get_running_loop().create_task(self._consume(response))
+        consumer.add_done_callback(lambda done: done.cancelled() or done.exception())  # read, or no longer of interest
+        try:
+            await self._land(landing, consumer)
+            await self._complete()
+            await asyncio.wait([consumer], timeout=STREAM_END_GRACE_S)
+        finally:
+            if not consumer.done():
+                response.cancel()
                 consumer.cancel()
                 await asyncio.wait([consumer], timeout=STREAM_END_GRACE_S)
-            await asyncio.shield(_leave(context))
 
     async def _issue(self, metadata: dict[str, str]) -> Landing:
         reservation, request = self._reservation, self._request
@@ -157,7 +163,7 @@ class DecodeHandoff:
     def _call(self, landing: Landing) -> PrefillCall:
         request = self._request
         return PrefillCall(
-            request_id=request.request_id,
+            request_id=_handoff_id(landing),
             prompt_token_ids=request.prompt_token_ids,
             sampling=request.sampling,
             zone_spans=request.zone_spans,
@@ -175,6 +181,11 @@ class DecodeHandoff:
                     raise HandoffFailed(f"refused_{event.reason}")
                 if isinstance(event, FirstToken):
                     await self._accept(event)
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            # Ray reports a call that its replica cancelled, as one that shuts down does, like a cancellation of ours.
+            raise HandoffFailed("prefill_gave_up", HandoffFault.ABORTED) from error
         except ActorDiedError as error:
             self._receiver.connector.declare_gone(self._sender)
             raise HandoffFailed("prefill_died", HandoffFault.PEER_DOWN) from error
@@ -195,14 +206,24 @@ class DecodeHandoff:
         self._has_first_token.set()
 
     async def _land(self, landing: Landing, consumer: asyncio.Task[None]) -> None:
-        landed = asyncio.get_running_loop().create_task(landing.landed(self._config.transfer.handoff_timeout_s))
+        """Wait for the verified landing, or for whatever makes it impossible."""
+
+        async def land() -> None:
+            # In one step with the landing: whoever stops us later finds either a receipt or an open ticket.
+            self.receipt = await landing.landed(self._config.transfer.handoff_timeout_s)
+
+        landed = asyncio.get_running_loop().create_task(land())
         try:
             await asyncio.wait([landed, consumer], return_when=asyncio.FIRST_COMPLETED)
-            if not landed.done() and consumer.exception() is not None:
+            if not landed.done():
                 consumer.result()  # raises what ended the stream
-            self.receipt = await landed
+                await asyncio.wait([landed], timeout=NOTICE_GRACE_S)
+            if not landed.done():
+                raise HandoffFailed("notice_lost", HandoffFault.TIMEOUT)
+            landed.result()
         finally:
             landed.cancel()
+            await asyncio.wait([landed])  # a nonce has one waiter at a time, and the fence is the next
 
     async def _complete(self) -> None:
         """What landed is verified; the request decodes from here on, unless it has ended meanwhile."""
@@ -226,8 +247,11 @@ class DecodeHandoff:
             self._metrics.landing_wait.observe(self._clock() - self._first_token_at_s)
         self._metrics.handoffs.labels("landed").inc()
 
-    async def _give_up(self, reason: str, fault: HandoffFault | None) -> None:
-        """Recompute on this replica; the reserved blocks wait for their fence."""
+    def _give_up(self, reason: str, fault: HandoffFault | None) -> None:
+        """Recompute on this replica; the reserved blocks wait for their fence.
+
+        Does not wait, so that a client that leaves meanwhile cannot cut it short.
+        """
         self.fallback = reason
         self._metrics.handoffs.labels("failed").inc()
         self._metrics.fallbacks.labels(reason).inc()
@@ -237,10 +261,7 @@ class DecodeHandoff:
             if request.status is RequestStatus.RESERVED:
                 engine.prefill_locally(request.request_id)
 
-        try:
-            await self._host.call(fall_back)
-        except (EngineStopped, EngineError):
-            logger.exception("%s: no fallback", request.request_id)
+        self._host.post(fall_back)
         self._release_blocks(fault)
 
     def _release_blocks(self, fault: HandoffFault | None) -> None:
@@ -258,25 +279,38 @@ class DecodeHandoff:
             self.settling = asyncio.get_running_loop().create_task(self._confirm_fence(landing))
 
     async def _confirm_fence(self, landing: Landing) -> None:
-        """Ask prefill itself: a call that was cancelled before it began sends no notice."""
-        for _ in range(MAX_SETTLE_ATTEMPTS):
-            if landing.is_fenced:
+        """Ask prefill itself until a fence has passed: a call that was cancelled before it began sends no notice."""
+        pause_s = SETTLE_PAUSE_S
+        while not landing.is_fenced:
+            if await self._is_settled(landing):
+                landing.confirm_fence()
                 return
-            try:
-                async with asyncio.timeout(self._config.transfer.fence_timeout_s):
-                    replies = await self._prefill_pool.broadcast("settle", self._request.request_id).results_async(
-                        return_exceptions=True
-                    )
-            except (TimeoutError, RayError, RayServeException):
-                replies = []
-            for reply in replies:
-                if not isinstance(reply, BaseException) and tuple(reply) == (self._sender, True):
-                    landing.confirm_fence()
-                    return
-            await asyncio.sleep(SETTLE_PAUSE_S)
-        logger.error(
-            "%s: blocks stay in quarantine: prefill %s cannot be asked", landing.ticket.request_id, self._sender
-        )
+            logger.warning(
+                "%s: blocks stay in quarantine: prefill %s has not answered", landing.ticket.request_id, self._sender
+            )
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_SETTLE_PAUSE_S)
+
+    async def _is_settled(self, landing: Landing) -> bool:
+        """True where the ticket's own prefill replica says that nothing of it is live or ever will be."""
+        question = self._prefill_pool.broadcast("settle", _handoff_id(landing))
+        try:
+            async with asyncio.timeout(self._config.transfer.fence_timeout_s + SETTLE_PAUSE_S):
+                replies = await question.results_async(return_exceptions=True)
+        except (TimeoutError, RayError, RayServeException):
+            return False
+        return any(not isinstance(reply, BaseException) and tuple(reply) == (self._sender, True) for reply in replies)
+
+
+def _handoff_id(landing: Landing) -> str:
+    """What prefill knows the call by: never the same twice, as the id of a request that is tried again would be."""
+    return f"{landing.ticket.request_id}/{landing.ticket.nonce.hex()}"
+
+
+def _is_cancelled() -> bool:
+    """True where it is the running task itself that is being cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _leave(context: Any) -> None:

@@ -82,8 +82,7 @@ class PrefillReplica(EngineReplica):
             raise
         failure = AbortReason.CANCELLED
         try:
-            async for event in self._push_prompt(call, session):
-                yield event
+            yield await self._push_prompt(call, session)
             receipt = await session.finish()
             failure = AbortReason.NONE
         except (EngineError, EngineStopped, PrefillFailed) as error:
@@ -112,8 +111,8 @@ class PrefillReplica(EngineReplica):
             return self.connector.name, False
         return self.connector.name, True
 
-    async def _push_prompt(self, call: PrefillCall, session: PushSession) -> AsyncIterator[FirstToken]:
-        """Compute the prompt, submit every block, then yield the first token."""
+    async def _push_prompt(self, call: PrefillCall, session: PushSession) -> FirstToken:
+        """Compute the prompt, and submit every block before the first token is given out."""
         request = Request(
             request_id=call.request_id,
             prompt_token_ids=call.prompt_token_ids,
@@ -123,7 +122,9 @@ class PrefillReplica(EngineReplica):
             priority=call.priority,
             is_prefill_only=True,
         )
-        stream = self.host.open(request)
+        stream = self.host.open(request)  # from here on `settle` can end the call
+        if call.request_id in self._revoked:
+            raise PrefillFailed("revoked")
         await self.host.add(request)
         output = None
         pusher = _Pusher(session, self.runner.layout)
@@ -135,7 +136,7 @@ class PrefillReplica(EngineReplica):
             pusher.push(output, len(call.prompt_token_ids))
             if output.token_ids:
                 break
-        yield _first_token(output, stream.queue_s)
+        return _first_token(output, stream.queue_s)
 
     async def _clean_up(
         self, request_id: str, session: PushSession, failure: AbortReason, ended: asyncio.Event

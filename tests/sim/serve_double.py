@@ -1,0 +1,189 @@
+"""A Serve handle inside one process, for the calls that `DecodeHandoff` makes, with what may go wrong between actors.
+
+Calls, events and cancellations take time of their own, so they pass each other as they do over a network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from deployments.messages import PrefillCall, PrefillEvent, RouteHint
+from deployments.prefill import PrefillReplica
+
+CHOOSE_PAUSE_S = 0.05
+
+
+@dataclass
+class Network:
+    """How long messages take and which are lost. `slow`: the share of messages that take up to `slow_s`."""
+
+    random: random.Random
+    fast_s: float = 0.002
+    slow: float = 0.0
+    slow_s: float = 1.0
+    loses_cancel: float = 0.0
+    loses_settle: float = 0.0
+    breaks_call: float = 0.0  # the replica itself ends a call, as one that is shut down does
+    refuses_choice: float = 0.0
+
+    def lag_s(self) -> float:
+        return self.random.uniform(0, self.slow_s if self.happens(self.slow) else self.fast_s)
+
+    def happens(self, share: float) -> bool:
+        return share > 0 and self.random.random() < share
+
+
+@dataclass(eq=False)
+class ServedReplica:
+    """One prefill replica as Serve sees it."""
+
+    name: str
+    replica: PrefillReplica
+    is_alive: bool = True
+    responses: list[Response] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Selection:
+    served: ServedReplica
+
+    @property
+    def replica_metadata(self) -> dict[str, str]:
+        return self.served.replica.record_replica_metadata()
+
+
+class Response:
+    """As `DeploymentResponseGenerator`: events in order, each after its own delay; can be cancelled."""
+
+    def __init__(self, network: Network, served: ServedReplica, call: PrefillCall, watch: Watch) -> None:
+        self._network = network
+        self._served = served
+        self._call = call
+        self._watch = watch
+        self._arrived: asyncio.Queue[PrefillEvent | BaseException] = asyncio.Queue()
+        self._last_arrival_s = 0.0
+        self._is_over = False
+        self.num_sent = 0
+        self._task = asyncio.get_running_loop().create_task(self._serve())
+        served.responses.append(self)
+
+    def __aiter__(self) -> Response:
+        return self
+
+    async def __anext__(self) -> PrefillEvent:
+        if self._is_over:
+            raise StopAsyncIteration
+        item = await self._arrived.get()
+        if isinstance(item, BaseException):
+            self._is_over = True
+            raise item
+        return item
+
+    def cancel(self) -> None:
+        if not self._network.happens(self._network.loses_cancel):
+            asyncio.get_running_loop().call_later(self._network.lag_s(), self._task.cancel)
+
+    def cut(self, error: BaseException) -> None:
+        """The replica's process ends: what it had sent still arrives, then the caller learns of it."""
+        self._task.cancel()
+        self._send(error)
+
+    async def _serve(self) -> None:
+        try:
+            await asyncio.sleep(self._network.lag_s())  # a call cancelled here never begins
+            if not self._served.is_alive:
+                raise ActorDiedError
+            if self._network.happens(self._network.breaks_call):
+                asyncio.get_running_loop().call_later(self._network.lag_s(), self._task.cancel)
+            async with aclosing(self._served.replica.prefill(self._call)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    self._send(event)
+                    self._watch(self, event)
+            self._send(StopAsyncIteration())
+        except asyncio.CancelledError:
+            self._send(asyncio.CancelledError())
+        except ActorDiedError as error:
+            self._send(error)
+        except Exception as error:
+            self._send(RayTaskError("prefill", "", error).as_instanceof_cause())
+        finally:
+            self._served.responses.remove(self)
+
+    def _send(self, item: PrefillEvent | BaseException) -> None:
+        loop = asyncio.get_running_loop()
+        self.num_sent += 1
+        self._last_arrival_s = max(self._last_arrival_s, loop.time() + self._network.lag_s())
+        loop.call_at(self._last_arrival_s, self._arrived.put_nowait, item)
+
+
+Watch = Callable[[Response, PrefillEvent], None]
+
+
+class PrefillHandle:
+    """As the handle of the prefill deployment and of its `prefill` method."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.replicas: list[ServedReplica] = []
+        self.counts: Counter[str] = Counter()
+        self.watch: Watch = lambda response, event: None
+
+    def options(self, *, stream: bool) -> PrefillHandle:
+        assert stream
+        return self
+
+    @property
+    def prefill(self) -> PrefillHandle:
+        return self
+
+    @asynccontextmanager
+    async def choose_replica(self, hint: RouteHint) -> AsyncIterator[Selection]:
+        assert hint.num_prompt_tokens > 0
+        await asyncio.sleep(self.network.lag_s())
+        if self.network.happens(self.network.refuses_choice):
+            raise DeploymentUnavailableError("prefill")
+        while not (alive := [served for served in self.replicas if served.is_alive]):  # noqa: ASYNC110
+            await asyncio.sleep(CHOOSE_PAUSE_S)  # as Serve does, without a limit of its own
+        self.counts["chosen"] += 1
+        try:
+            yield Selection(self.network.random.choice(alive))
+        finally:
+            self.counts["left"] += 1
+
+    def dispatch(self, selection: Selection, call: PrefillCall) -> Response:
+        self.counts["dispatched"] += 1
+        return Response(self.network, selection.served, call, lambda response, event: self.watch(response, event))
+
+    def broadcast(self, method: str, *args: Any) -> _Broadcast:
+        assert method == "settle"
+        self.counts["settle"] += 1
+        return _Broadcast(self, args)
+
+
+class _Broadcast:
+    def __init__(self, handle: PrefillHandle, args: tuple[Any, ...]) -> None:
+        self._handle = handle
+        self._args = args
+
+    async def results_async(self, *, return_exceptions: bool) -> list[Any]:
+        assert return_exceptions
+        alive = [served for served in self._handle.replicas if served.is_alive]
+        return list(await asyncio.gather(*(self._ask(served) for served in alive)))
+
+    async def _ask(self, served: ServedReplica) -> Any:
+        network = self._handle.network
+        await asyncio.sleep(network.lag_s())
+        if network.happens(network.loses_settle) or not served.is_alive:
+            return ActorDiedError()
+        answer = await served.replica.settle(*self._args)
+        await asyncio.sleep(network.lag_s())
+        return answer
