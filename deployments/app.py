@@ -10,12 +10,13 @@ from ray.serve.config import RequestRouterConfig
 
 from cluster.placement import ray_actor_options
 from cluster.roles import Role
-from deployments.config import PoolSection, ZoneserveConfig, load_config
+from deployments.config import PoolSection, ZoneserveConfig, load_config, require_context
 from deployments.decode import DecodeReplica
 from deployments.ingress import ingress_deployment
 from deployments.prefill import PrefillReplica
 from deployments.settings import read_settings
 from engine import model_store
+from engine.checkpoint import load_checkpoint
 
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 15.0
@@ -37,8 +38,14 @@ def build(args: BuildArgs) -> Application:
 
 
 def build_application(config: ZoneserveConfig) -> Application:
-    """The graph. Paths are made absolute here: replicas run in other working directories."""
-    model_path = str(model_store.resolve(config.model.name, read_settings().model_cache).absolute())
+    """The graph. Paths are made absolute here: replicas run in other working directories.
+
+    Raises:
+        CheckpointError: The model cannot be served; a replica's own refusal would reach nobody but its log.
+        ConfigError: The model's context is shorter than the configuration's.
+    """
+    model_path = model_store.resolve(config.model.name, read_settings().model_cache).absolute()
+    require_context(config, load_checkpoint(model_path).config.max_position)
     config = config.model_copy(
         update={
             "trust": config.trust.model_copy(
@@ -51,8 +58,8 @@ def build_application(config: ZoneserveConfig) -> Application:
     )
     prefill = None
     if config.mode == "disaggregated":
-        prefill = _pool(Role.PREFILL, PrefillReplica, config, config.prefill).bind(config, model_path)
-    decode = _pool(Role.DECODE, DecodeReplica, config, config.decode).bind(config, model_path, prefill)
+        prefill = _pool(Role.PREFILL, PrefillReplica, config, config.prefill).bind(config, str(model_path))
+    decode = _pool(Role.DECODE, DecodeReplica, config, config.decode).bind(config, str(model_path), prefill)
     ingress = serve.deployment(
         ingress_deployment(config),
         name=str(Role.INGRESS),
@@ -63,7 +70,7 @@ def build_application(config: ZoneserveConfig) -> Application:
         ),
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,
     )
-    application: Application = ingress.bind(decode, prefill, config, model_path)
+    application: Application = ingress.bind(decode, prefill, config, str(model_path))
     return application
 
 

@@ -72,7 +72,11 @@ def serve(config: ConfigOption = LOCAL_CONFIG, port: PortOption = None) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets handlers of its own
             signal.signal(number, lambda *_: stop.set())
         out.print(f"serving [bold]{settings.model.served_name}[/] at {endpoint.url}", highlight=False)
-        out.print(f"bearer key: {CLIENT_KEY_FILE}   metrics: {endpoint.url}/metrics   stop: Ctrl-C", highlight=False)
+        out.print(
+            f"bearer key: {CLIENT_KEY_FILE}   metrics: {endpoint.url}/metrics   stop: Ctrl-C",
+            highlight=False,
+            soft_wrap=True,
+        )
         stop.wait()
         out.print("stopping")
 

@@ -48,14 +48,14 @@ class DecodeClient:
         self._metrics = metrics
         self._clock = clock
 
-    async def generate(self, call: GenerateCall, affinity: bytes) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[TokenEvent, None]:
         """Events of one sequence; the last carries a finish reason.
 
         Raises:
             BadRequest, NoCapacity, ReplicaLost, DeadlineExceeded, InternalFault: Before the first event or
                 after it.
         """
-        hint = RouteHint(call.request_id, len(call.prompt_token_ids), call.sampling.max_tokens, affinity)
+        hint = RouteHint(call.request_id, len(call.prompt_token_ids), call.sampling.max_tokens, call.affinity)
         deadline = self._clock() + call.timeout_s
         for attempt in range(1, MAX_DECODE_ATTEMPTS + 1):
             has_emitted = False

@@ -101,7 +101,7 @@ class ClaimsSection(_Section):
     plan: str = Field(default="synthetic-ppo", pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
     max_tokens: int = Field(default=320, ge=16)
     max_concurrent_reviews: int = Field(default=16, ge=1)
-    max_claims_per_call: int = Field(default=100, ge=1)
+    max_claims_per_call: int = Field(default=1000, ge=1)
 
 
 class ZoneserveConfig(_Section):
@@ -133,6 +133,16 @@ class ZoneserveConfig(_Section):
         return self
 
 
+def require_context(config: ZoneserveConfig, max_position: int) -> None:
+    """
+    Raises:
+        ConfigError: The configuration promises more context than the checkpoint, `max_position`, was made for.
+    """
+    if config.model.max_model_len > max_position:
+        asked = config.model.max_model_len
+        raise ConfigError(f"model.max_model_len: {asked} tokens are more than the {max_position} of the checkpoint")
+
+
 def load_config(path: Path) -> ZoneserveConfig:
     """Read, check and freeze one YAML file; relative paths in it are taken from the working directory.
 
@@ -158,6 +168,7 @@ def parse_config(document: dict[str, object], *, source: str = "config") -> Zone
         return ZoneserveConfig.model_validate(document)
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc']) or 'top level'}: {fault['msg']}" for fault in error.errors()
+            f"{'.'.join(map(str, fault['loc'])) or 'top level'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
         )
         raise ConfigError(f"{source}: {faults}") from error

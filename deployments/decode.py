@@ -62,8 +62,10 @@ class DecodeReplica(EngineReplica):
         stream = self.host.open(request)
         handoff: DecodeHandoff | None = None
         try:
-            handoff = await self._start(request)
+            handoff = await self._start(request, call.affinity)
             async for output in stream:
+                if output.finish_reason is not None:
+                    self._count_twice_computed(output, handoff)
                 yield self._event(output, request, handoff, stream.queue_s)
         except (RequestError, NoCapacity, QueueFullError, EngineError, EngineStopped) as error:
             yield TokenEvent(error=_describe(error))
@@ -74,7 +76,7 @@ class DecodeReplica(EngineReplica):
             else:  # a reservation that was made while we were leaving: nobody has heard of its blocks
                 self.host.post(lambda engine: engine.release_quarantine(request_id))
 
-    async def _start(self, request: Request) -> DecodeHandoff | None:
+    async def _start(self, request: Request, affinity: bytes) -> DecodeHandoff | None:
         """Queue the request here, or reserve its blocks and hand its prompt to prefill."""
         if self._prefill is None:
             await self.host.add(request)
@@ -86,6 +88,7 @@ class DecodeReplica(EngineReplica):
         return DecodeHandoff(
             request=request,
             reservation=await self._reserve(request),
+            affinity=affinity,
             prefill=self._prefill,
             receiver=self._receiver,
             host=self.host,
@@ -108,6 +111,12 @@ class DecodeReplica(EngineReplica):
                     await asyncio.sleep(RESERVE_POLL_S)
         except TimeoutError:
             raise NoCapacity("no KV blocks became free on decode") from None
+
+    def _count_twice_computed(self, output: RequestOutput, handoff: DecodeHandoff | None) -> None:
+        self.metrics.recomputed.inc(output.num_recomputed_tokens)
+        if handoff is not None and handoff.first_token is not None:
+            num_held_here_only = output.num_cached_tokens - handoff.first_token.num_cached_tokens
+            self.metrics.duplicated.inc(max(0, num_held_here_only))
 
     def _event(
         self, output: RequestOutput, request: Request, handoff: DecodeHandoff | None, queue_s: float | None

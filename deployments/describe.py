@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from deployments.config import PoolSection, ZoneserveConfig
+from deployments.config import PoolSection, ZoneserveConfig, require_context
 from deployments.settings import read_settings
 from engine import model_store
 from engine.checkpoint import load_checkpoint
@@ -20,9 +20,11 @@ def describe(config: ZoneserveConfig, source: Path) -> RenderableType:
     """
     Raises:
         CheckpointError: The model is not in the cache or cannot be served.
+        ConfigError: The model's context is shorter than the configuration's.
     """
     path = model_store.resolve(config.model.name, read_settings().model_cache)
     model = load_checkpoint(path).config
+    require_context(config, model.max_position)
     layout = KVCacheLayout(
         model.num_layers, model.num_kv_heads, model.head_dim, config.engine.block_size, config.model.dtype
     )

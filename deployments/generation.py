@@ -91,7 +91,7 @@ class GenerationService:
         longest = self._config.model.max_model_len
         room = longest - prompt_tokens
         if room < 1:
-            raise BadRequest(f"the prompt has {prompt_tokens} tokens; the context holds {longest}", param="messages")
+            raise BadRequest(f"the prompt has {prompt_tokens} tokens; the context holds {longest}")
         if asked is not None and asked > room:
             raise BadRequest(
                 f"max_tokens {asked} with a prompt of {prompt_tokens} tokens exceeds the context of {longest}",
@@ -179,10 +179,11 @@ class GenerationService:
             sampling=sampling,
             zone_spans=prompt.zone_spans,
             timeout_s=self._config.routing.request_timeout_s,
+            affinity=self._affinity(prompt.zone_spans),
         )
         timeline = Timeline(arrival)
         is_finished = False
-        async with aclosing(self._client.generate(call, self._affinity(prompt.zone_spans))) as events:
+        async with aclosing(self._client.generate(call)) as events:
             async for event in events:
                 self._note(event, timeline)
                 is_finished = event.finish_reason is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -54,6 +55,7 @@ class DecodeHandoff:
         *,
         request: Request,
         reservation: Reservation,
+        affinity: bytes,
         prefill: Any,
         receiver: HandoffReceiver,
         host: EngineHost,
@@ -63,6 +65,7 @@ class DecodeHandoff:
     ) -> None:
         self._request = request
         self._reservation = reservation
+        self._affinity = affinity
         self._prefill_pool = prefill
         self._prefill = prefill.options(stream=True).prefill
         self._receiver = receiver
@@ -73,7 +76,7 @@ class DecodeHandoff:
         self._started_s = clock()
         self._landing: Landing | None = None
         self._sender = ""
-        self._has_first_token = asyncio.Event()
+        self._first_token_settled = asyncio.Event()  # it is here, or it will not come
         self._first_token_at_s: float | None = None
         self.first_token: FirstToken | None = None
         self.receipt: LandingReceipt | None = None
@@ -111,7 +114,7 @@ class DecodeHandoff:
 
     async def _attempt(self) -> None:
         context = self._prefill.choose_replica(
-            RouteHint(self._request.request_id, len(self._request.prompt_token_ids), 1, b"")
+            RouteHint(self._request.request_id, len(self._request.prompt_token_ids), 1, self._affinity)
         )
         try:
             async with asyncio.timeout(self._config.routing.choose_timeout_s):
@@ -191,6 +194,8 @@ class DecodeHandoff:
             raise HandoffFailed("prefill_died", HandoffFault.PEER_DOWN) from error
         except (RayError, RayServeException) as error:
             raise HandoffFailed("prefill_failed", HandoffFault.ABORTED) from error
+        finally:
+            self._first_token_settled.set()
 
     async def _accept(self, event: FirstToken) -> None:
         token = SampledToken(event.token_id, event.logprob, event.top_logprobs)
@@ -203,7 +208,7 @@ class DecodeHandoff:
         await self._host.call(accept)
         self.first_token = event
         self._first_token_at_s = self._clock()
-        self._has_first_token.set()
+        self._first_token_settled.set()
 
     async def _land(self, landing: Landing, consumer: asyncio.Task[None]) -> None:
         """Wait for the verified landing, or for whatever makes it impossible."""
@@ -227,11 +232,11 @@ class DecodeHandoff:
 
     async def _complete(self) -> None:
         """What landed is verified; the request decodes from here on, unless it has ended meanwhile."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_TOKEN_GRACE_S):
-                await self._has_first_token.wait()
-        except TimeoutError:
-            raise HandoffFailed("first_token_lost", HandoffFault.TIMEOUT) from None
+                await self._first_token_settled.wait()
+        if self.first_token is None:
+            raise HandoffFailed("first_token_lost", HandoffFault.TIMEOUT)
         request = self._request
 
         def complete(engine: Engine) -> None:

@@ -124,7 +124,10 @@ def _refuse_constant(name: str) -> float:
 def bad_request(error: ValidationError) -> BadRequest:
     """Pydantic's faults as one sentence, without the offending values."""
     faults = error.errors()
-    shown = "; ".join(f"{_location(fault['loc'])}: {fault['msg']}" for fault in faults[:MAX_FAULTS_SHOWN])
+    shown = "; ".join(
+        f"{_location(fault['loc'])}: {fault['msg'].removeprefix('Value error, ')}"
+        for fault in faults[:MAX_FAULTS_SHOWN]
+    )
     return BadRequest(shown, param=_location(faults[0]["loc"]))
 
 

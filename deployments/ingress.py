@@ -136,7 +136,8 @@ class Ingress:
         token_ids = await asyncio.to_thread(lambda: self._tokenizer.encode_chat(messages).token_ids)
         prompt = TokenisedPrompt(tuple(token_ids), unlabelled(len(token_ids), principal.zone))
         choices = await self._choices(body, prompt, body.token_limit, body.num_logprobs)
-        return await self._respond(ChatShape(self._config.model.served_name), body, prompt, choices, arrival)
+        shape = ChatShape(self._config.model.served_name, self._tokenizer.token_bytes)
+        return await self._respond(shape, body, prompt, choices, arrival)
 
     async def completions(self, request: Request) -> Response:
         arrival = time.monotonic()
@@ -145,7 +146,8 @@ class Ingress:
         token_ids = await asyncio.to_thread(self._prompt_ids, body.prompt)
         prompt = TokenisedPrompt(tuple(token_ids), unlabelled(len(token_ids), principal.zone))
         choices = await self._choices(body, prompt, body.token_limit, body.num_logprobs)
-        return await self._respond(CompletionShape(self._config.model.served_name), body, prompt, choices, arrival)
+        shape = CompletionShape(self._config.model.served_name, self._tokenizer.token_bytes)
+        return await self._respond(shape, body, prompt, choices, arrival)
 
     def _prompt_ids(self, prompt: str | list[int] | list[str]) -> list[int]:
         text = prompt if isinstance(prompt, str) else prompt[0]
@@ -223,7 +225,11 @@ class Ingress:
         except Exception as error:  # whatever keeps a pool from answering is the finding
             return JSONResponse({"status": "unavailable", "reason": type(error).__name__}, status_code=503)
         is_healthy = all(replicas and all(state["alive"] for state in replicas) for replicas in states.values())
-        body = {"status": "ok" if is_healthy else "unavailable", "pools": states}
+        shown = {  # no process ids: this answer needs no key
+            name: [{"replica": state["replica"], "alive": state["alive"]} for state in replicas]
+            for name, replicas in states.items()
+        }
+        body = {"status": "ok" if is_healthy else "unavailable", "pools": shown}
         return JSONResponse(body, status_code=200 if is_healthy else 503)
 
     async def metrics(self, request: Request) -> Response:

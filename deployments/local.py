@@ -16,7 +16,7 @@ import httpx
 
 from deployments.config import ConfigError, ZoneserveConfig
 from deployments.settings import prepare_ray_environment
-from deployments.trust.principals import create_missing_keys
+from deployments.trust.principals import Principals, create_missing_keys, read_master_key
 
 OBJECT_STORE_BYTES = 150 << 20
 READY_TIMEOUT_S = 120.0
@@ -43,7 +43,7 @@ def local_deployment(config: ZoneserveConfig, *, client_key_file: Path = CLIENT_
 
     Raises:
         LocalDeploymentError: The port is taken, or the deployment did not become healthy in time.
-        ConfigError: Key files are missing and may not be made.
+        ConfigError: Key files are missing and may not be made. KeyFileError: One of them cannot be used.
     """
     prepare_ray_environment()
     key = _client_key(config, client_key_file)
@@ -81,6 +81,8 @@ def _client_key(config: ZoneserveConfig, client_key_file: Path) -> str:
     for path in (config.trust.keys_file, config.trust.master_key_file):
         if not path.is_file():
             raise ConfigError(f"{path}: the key file is missing (trust.create_missing would make it)")
+    Principals.from_file(config.trust.keys_file)
+    read_master_key(config.trust.master_key_file)
     return client_key_file.read_text(encoding="utf-8").strip() if client_key_file.is_file() else ""
 
 

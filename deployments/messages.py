@@ -20,7 +20,10 @@ class RouteHint:
 
 @dataclass(frozen=True, slots=True)
 class GenerateCall:
-    """Ingress -> decode: one sequence to generate. `timeout_s` bounds the whole of it."""
+    """Ingress -> decode: one sequence to generate. `timeout_s` bounds the whole of it.
+
+    `affinity`: keyed digest of the zone whose prefix is worth finding again, on either pool; empty: none.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -29,6 +32,7 @@ class GenerateCall:
     timeout_s: float
     epoch: int = 0
     priority: int = 0
+    affinity: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -18,6 +19,9 @@ MAX_TEMPERATURE = 2.0
 DEFAULT_COMPLETION_TOKENS = 16
 # Parameters that name a cache partition or a KV transfer: the zone comes from the credential alone.
 STRIPPED_PARAMETERS = ("cache_salt", "extra_key", "kv_transfer_params", "zone", "trust_zone")
+
+TokenBytes = Callable[[int], bytes]
+"""UTF-8 bytes of a token id, perhaps of a part of a character."""
 
 
 class _Body(BaseModel):
@@ -184,7 +188,8 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def chat_logprobs(items: Sequence[TokenLogprob]) -> dict[str, object] | None:
+def chat_logprobs(items: Sequence[TokenLogprob], token_bytes: TokenBytes) -> dict[str, object] | None:
+    """`bytes` are the token's own, also where it is only a part of a character."""
     if not items:
         return None
     return {
@@ -192,9 +197,10 @@ def chat_logprobs(items: Sequence[TokenLogprob]) -> dict[str, object] | None:
             {
                 "token": item.text,
                 "logprob": item.logprob,
-                "bytes": list(item.text.encode()),
+                "bytes": list(token_bytes(item.token_id)),
                 "top_logprobs": [
-                    {"token": text, "logprob": value, "bytes": list(text.encode())} for _, text, value in item.top
+                    {"token": text, "logprob": value, "bytes": list(token_bytes(token_id))}
+                    for token_id, text, value in item.top
                 ],
             }
             for item in items
@@ -202,16 +208,38 @@ def chat_logprobs(items: Sequence[TokenLogprob]) -> dict[str, object] | None:
     }
 
 
-def completion_logprobs(items: Sequence[TokenLogprob], offset: int) -> dict[str, object] | None:
-    if not items:
-        return None
-    offsets = []
-    for item in items:
-        offsets.append(offset)
-        offset += len(item.text)
-    return {
-        "tokens": [item.text for item in items],
-        "token_logprobs": [item.logprob for item in items],
-        "top_logprobs": [{text: value for _, text, value in item.top} for item in items],
-        "text_offset": offsets,
-    }
+class CompletionLogprobs:
+    """The logprobs of one choice's tokens, as they come. A part of a character is written `bytes:\\xf0\\x9f`.
+
+    `text_offset` counts characters of the answer up to the token, whether or not their text is already out.
+    """
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._offset = 0
+
+    def take(self, items: Sequence[TokenLogprob]) -> dict[str, object] | None:
+        if not items:
+            return None
+        return {
+            "tokens": [self._spelled(item.token_id, item.text) for item in items],
+            "token_logprobs": [item.logprob for item in items],
+            "top_logprobs": [
+                {self._spelled(token_id, text): value for token_id, text, value in item.top} for item in items
+            ],
+            "text_offset": [self._advance(item.token_id) for item in items],
+        }
+
+    def _spelled(self, token_id: int, text: str) -> str:
+        data = self._token_bytes(token_id)
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        return text
+
+    def _advance(self, token_id: int) -> int:
+        offset = self._offset
+        self._offset += len(self._decoder.decode(self._token_bytes(token_id)))
+        return offset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 
@@ -15,7 +16,8 @@ from deployments.messages import TokenEvent, TokenLogprob
 class ChatShape:
     """chat.completion bodies and chunks."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, token_bytes: api.TokenBytes) -> None:
+        self._token_bytes = token_bytes
         self._base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, prompt_tokens: int, results: list[Completed]) -> dict[str, object]:
@@ -23,7 +25,7 @@ class ChatShape:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": result.text},
-                "logprobs": api.chat_logprobs(_logprobs(result)),
+                "logprobs": api.chat_logprobs(_logprobs(result), self._token_bytes),
                 "finish_reason": result.finish_reason,
             }
             for index, result in enumerate(results)
@@ -44,7 +46,8 @@ class ChatShape:
                     if index not in started:
                         delta = {"role": "assistant", "content": event.text}
                         started.add(index)
-                    yield self._chunk(index, delta, None, include_usage, api.chat_logprobs(event.logprobs))
+                    logprobs = api.chat_logprobs(event.logprobs, self._token_bytes)
+                    yield self._chunk(index, delta, None, include_usage, logprobs)
                 if event.finish_reason is not None:
                     yield self._chunk(index, {}, event.finish_reason, include_usage, None)
         if include_usage:
@@ -62,7 +65,8 @@ class ChatShape:
 class CompletionShape:
     """text_completion bodies and chunks."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, token_bytes: api.TokenBytes) -> None:
+        self._token_bytes = token_bytes
         self._base = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -75,7 +79,7 @@ class CompletionShape:
             {
                 "index": index,
                 "text": result.text,
-                "logprobs": api.completion_logprobs(_logprobs(result), 0),
+                "logprobs": api.CompletionLogprobs(self._token_bytes).take(_logprobs(result)),
                 "finish_reason": result.finish_reason,
                 "stop_reason": result.stop_reason,
             }
@@ -88,16 +92,16 @@ class CompletionShape:
         self, events: AsyncGenerator[tuple[int, TokenEvent, Timeline], None], prompt_tokens: int, include_usage: bool
     ) -> AsyncIterator[Mapping[str, object]]:
         completion_tokens = 0
-        lengths: dict[int, int] = {}
+        logprobs: defaultdict[int, api.CompletionLogprobs] = defaultdict(
+            lambda: api.CompletionLogprobs(self._token_bytes)
+        )
         async with aclosing(events):
             async for index, event, _ in events:
                 completion_tokens += len(event.token_ids)
-                offset = lengths.get(index, 0)
-                lengths[index] = offset + len(event.text)
                 choice = {
                     "index": index,
                     "text": event.text,
-                    "logprobs": api.completion_logprobs(event.logprobs, offset),
+                    "logprobs": logprobs[index].take(event.logprobs),
                     "finish_reason": event.finish_reason,
                     "stop_reason": event.stop_reason,
                 }

@@ -53,7 +53,7 @@ class PrefillReplica(EngineReplica):
             write_timeout_s=config.transfer.write_timeout_s,
             clock=parts.unix_time_s,
         )
-        self._ended: dict[str, asyncio.Event] = {}  # calls under way, by request
+        self._calls: dict[str, asyncio.Event] = {}  # under way, by id; set when nothing of one can land any more
         self._revoked: OrderedDict[str, None] = OrderedDict()
 
     def record_replica_metadata(self) -> dict[str, str]:
@@ -65,20 +65,20 @@ class PrefillReplica(EngineReplica):
 
         The call ends when nothing of it can land any more, so that Serve's drain covers the handoff.
         """
-        if call.request_id in self._revoked:
-            yield PrefillRefused("revoked")
+        if call.request_id in self._calls:  # delivered twice: `settle` must go on speaking for the first
+            yield PrefillRefused("replayed")
             return
-        ended = self._ended[call.request_id] = asyncio.Event()
+        self._calls[call.request_id] = asyncio.Event()
         try:
             expected = Expectation(joined_zone(call.zone_spans).path, call.epoch, len(call.prompt_token_ids))
             session = await self._sender.accept(call.sealed_ticket, call.handshake, expected)
         except TransferError as error:
             logger.warning("%s: %s", call.request_id, error)
-            self._end(call.request_id, ended)
+            self._end(call.request_id)
             yield PrefillRefused(error.reason if isinstance(error, TicketRefused) else "decode_unreachable")
             return
         except BaseException:
-            self._end(call.request_id, ended)
+            self._end(call.request_id)
             raise
         failure = AbortReason.CANCELLED
         try:
@@ -92,15 +92,18 @@ class PrefillReplica(EngineReplica):
             failure = AbortReason.WRITE_FAILED
             raise PrefillFailed(str(error)) from error
         finally:
-            await asyncio.shield(self.in_background(self._clean_up(call.request_id, session, failure, ended)))
+            await asyncio.shield(self.in_background(self._clean_up(call.request_id, session, failure)))
         yield PrefillDone(receipt.num_bytes, receipt.num_blocks)
 
     async def settle(self, request_id: str) -> tuple[str, bool]:
-        """Our name, and True when no write of this request is live and none will ever be posted."""
+        """Revoke a call. Our name, and True when no write of it is live and none will ever be posted.
+
+        False: that is not so within `transfer.fence_timeout_s`; ask again.
+        """
         self._revoked[request_id] = None
         while len(self._revoked) > MAX_REVOKED:
             self._revoked.popitem(last=False)
-        ended = self._ended.get(request_id)
+        ended = self._calls.get(request_id)
         if ended is None:
             return self.connector.name, True
         self.host.fail(request_id, PrefillFailed("revoked"))
@@ -138,9 +141,7 @@ class PrefillReplica(EngineReplica):
                 break
         return _first_token(output, stream.queue_s)
 
-    async def _clean_up(
-        self, request_id: str, session: PushSession, failure: AbortReason, ended: asyncio.Event
-    ) -> None:
+    async def _clean_up(self, request_id: str, session: PushSession, failure: AbortReason) -> None:
         """Source blocks go only when no write reads them any more."""
         self.host.close(request_id)
         try:
@@ -150,12 +151,10 @@ class PrefillReplica(EngineReplica):
                 await session.abort(failure)
             self.host.post(lambda engine: engine.release(request_id))
         finally:
-            self._end(request_id, ended)
+            self._end(request_id)
 
-    def _end(self, request_id: str, ended: asyncio.Event) -> None:
-        ended.set()
-        if self._ended.get(request_id) is ended:
-            del self._ended[request_id]
+    def _end(self, request_id: str) -> None:
+        self._calls.pop(request_id).set()
 
 
 class _Pusher:

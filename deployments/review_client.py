@@ -21,6 +21,7 @@ SAMPLES = Path(__file__).parent / "claims" / "samples"
 REVIEW_TIMEOUT_S = 600.0
 MAX_FILES_IN_CALL = 100
 MAX_CALL_BYTES = 3 << 20  # of base64; the service takes bodies of 4 MiB
+MAX_FILE_BYTES = 64 << 20  # far above what any service takes; a larger file is not read at all
 RISK_STYLE = {"none": "green", "low": "green", "medium": "yellow", "high": "red", "critical": "bold red"}
 ORIGIN_NAMES = {
     "decode_cache": "cached on decode",
@@ -37,6 +38,10 @@ class ReviewClientError(Exception):
     """The reviews could not be had; the message says why."""
 
 
+class _CallTooLarge(ReviewClientError):
+    """The service takes smaller bodies; nothing of the call was read."""
+
+
 @dataclass(slots=True)
 class _Tally:
     """What the summary reports."""
@@ -48,6 +53,7 @@ class _Tally:
     origins: Counter[str] = field(default_factory=Counter)
     pushed_bytes: int = 0
     ttfts_s: list[float] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
 
 
 def sample_files() -> list[Path]:
@@ -59,7 +65,7 @@ def read_files(files: list[Path]) -> list[EncodedFile]:
     """Read all files before anything is started.
 
     Raises:
-        ReviewClientError: One cannot be read.
+        ReviewClientError: One cannot be read, or is far too large.
     """
     return [_encoded(path) for path in files]
 
@@ -67,10 +73,19 @@ def read_files(files: list[Path]) -> list[EncodedFile]:
 def review_files(files: list[EncodedFile], endpoint: Endpoint, out_dir: Path, out: Console) -> bool:
     """Review all claims of `files`; True when every one was reviewed.
 
+    A file too large for the service is refused alone; the others are reviewed.
+
     Raises:
-        ReviewClientError: The service refused the call, or its answer ended early.
+        ReviewClientError: The service refused the call, its answer ended early, or a review cannot be written.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        return _review(files, endpoint, out_dir, out)
+    except OSError as error:
+        raise ReviewClientError(f"{error.filename or out_dir}: {error.strerror or error}") from error
+
+
+def _review(files: list[EncodedFile], endpoint: Endpoint, out_dir: Path, out: Console) -> bool:
     tally = _Tally()
     columns = (
         SpinnerColumn(),
@@ -100,7 +115,18 @@ def review_files(files: list[EncodedFile], endpoint: Endpoint, out_dir: Path, ou
 
 def _events(files: list[EncodedFile], endpoint: Endpoint) -> Iterator[dict[str, Any]]:
     for batch in _batches(files):
-        yield from _call(batch, endpoint)
+        try:
+            yield from _call(batch, endpoint)
+        except _CallTooLarge as error:
+            if len(batch) > 1:
+                for file in batch:
+                    yield from _events([file], endpoint)
+            else:
+                yield {"type": "disposition", "disposition": _too_large(batch[0], str(error))}
+
+
+def _too_large(file: EncodedFile, detail: str) -> dict[str, Any]:
+    return {"file": file["name"], "outcome": "refused", "reason": "file_too_large", "detail": detail}
 
 
 def _batches(files: list[EncodedFile]) -> Iterator[list[EncodedFile]]:
@@ -126,7 +152,10 @@ def _call(batch: list[EncodedFile], endpoint: Endpoint) -> Iterator[dict[str, An
             "POST", f"{endpoint.url}/v1/reviews", json=body, headers=headers, timeout=REVIEW_TIMEOUT_S
         ) as response:
             if response.status_code != httpx.codes.OK:
-                raise ReviewClientError(_refusal(response.read(), response.status_code))
+                kind = (
+                    _CallTooLarge if response.status_code == httpx.codes.REQUEST_ENTITY_TOO_LARGE else ReviewClientError
+                )
+                raise kind(_refusal(response.read(), response.status_code))
             for line in response.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
                     event = json.loads(line.removeprefix("data: "))
@@ -142,6 +171,8 @@ def _call(batch: list[EncodedFile], endpoint: Endpoint) -> Iterator[dict[str, An
 
 def _encoded(path: Path) -> EncodedFile:
     try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ReviewClientError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
         return {"name": path.name, "content_base64": base64.b64encode(path.read_bytes()).decode()}
     except OSError as error:
         raise ReviewClientError(f"{path}: {error.strerror or error}") from error
@@ -179,8 +210,8 @@ def _take_disposition(disposition: dict[str, Any], tally: _Tally, out: Console) 
 
 
 def _take_review(event: dict[str, Any], tally: _Tally, out_dir: Path, out: Console) -> None:
-    review, serving = event["review"], event["serving"]
-    name = event["file_stem"]
+    name = _own_name(event["file_stem"], tally.names)
+    review, serving = event["review"] | {"narrative_ref": f"{name}.md"}, event["serving"]
     (out_dir / f"{name}.json").write_text(json.dumps(review, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (out_dir / f"{name}.md").write_text(event["narrative_md"], encoding="utf-8")
     origins = {key: serving["prompt_tokens_by_origin"].get(key, 0) for key in ORIGIN_NAMES}
@@ -191,12 +222,27 @@ def _take_review(event: dict[str, Any], tally: _Tally, out_dir: Path, out: Conso
     tally.pushed_bytes += serving["pushed_bytes"]
     if serving["ttft_s"] is not None:
         tally.ttfts_s.append(serving["ttft_s"])
-    flags = ", ".join(f"{flag['code']}({','.join(map(str, flag['lines']))})" for flag in review["flags"]) or "-"
+    flags = ", ".join(_flag(flag["code"], flag["lines"]) for flag in review["flags"]) or "-"
     ttft = "-" if serving["ttft_s"] is None else f"{serving['ttft_s']:.2f} s"
     counts = "/".join(str(count) for count in origins.values())
     risk = review["risk_category"]
     line = _line(review["claim_id"], risk, review["recommended_action"], ttft, counts, flags)
     out.print(line, style=RISK_STYLE.get(risk), markup=False, highlight=False, soft_wrap=True)
+
+
+def _own_name(stem: str, names: set[str]) -> str:
+    """Names are distinct within a call; two calls of one run may give the same."""
+    name, count = stem, 1
+    while name in names:
+        count += 1
+        name = f"{stem}-{count}"
+    names.add(name)
+    return name
+
+
+def _flag(code: str, lines: list[int]) -> str:
+    """A flag without lines is one of the whole claim."""
+    return f"{code}({','.join(map(str, lines))})" if lines else code
 
 
 def _line(*cells: str) -> str:
@@ -207,8 +253,8 @@ def _line(*cells: str) -> str:
 def _print_summary(tally: _Tally, out_dir: Path, out: Console) -> None:
     table = Table(show_header=False, title="summary")
     table.add_row("claims reviewed", str(tally.num_reviews))
-    table.add_row("inputs refused", str(tally.num_refused))
     table.add_row("of them by rules alone", str(tally.num_abstained))
+    table.add_row("inputs refused", str(tally.num_refused))
     table.add_row("actions", ", ".join(f"{action} {count}" for action, count in tally.actions.most_common()))
     if tally.ttfts_s:
         ordered = sorted(tally.ttfts_s)

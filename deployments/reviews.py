@@ -24,7 +24,7 @@ from deployments.claims.prompt import LabelledPrompt, slug
 from deployments.claims.review_model import Generation, Usage
 from deployments.claims.reviewer import ClaimReviewer, ModelIdentity, ReviewResult
 from deployments.config import ZoneserveConfig
-from deployments.errors import BadRequest
+from deployments.errors import BadRequest, BodyTooLarge
 from deployments.generation import GenerationService, TokenisedPrompt
 from deployments.metrics import IngressMetrics
 from deployments.trust.labelling import TextSpan, label_tokens, unlabelled
@@ -122,11 +122,15 @@ class ReviewService:
         return request
 
     async def events(self, request: ReviewRequest, principal: Principal) -> AsyncIterator[dict[str, Any]]:
-        """`accepted`, then `disposition` and `review` as they come, then `done`. Every claim has one of the two."""
+        """`accepted`, then `disposition` and `review` as they come, then `done`. Every claim has one of the two.
+
+        Raises:
+            BadRequest: A file is not base64. BodyTooLarge: More claims than one call may have; none was reviewed.
+        """
         results = await asyncio.to_thread(self._read, request.inputs(), principal.tenant)
         claims = [claim for result in results for claim in result.claims]
         if len(claims) > self._config.claims.max_claims_per_call:
-            raise BadRequest(
+            raise BodyTooLarge(
                 f"{len(claims)} claims in one call; at most {self._config.claims.max_claims_per_call}", param="files"
             )
         yield {"type": "accepted", "num_claims": len(claims), "num_files": len(results)}

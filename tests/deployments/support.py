@@ -76,7 +76,9 @@ def write_yaml(path: Path, document: object) -> Path:
 
 
 def make_call(zone_spans: tuple[ZoneSpan, ...] = (), *, timeout_s: float = 5.0, max_tokens: int = 4) -> GenerateCall:
-    return GenerateCall("r-1", (1, 2, 3), SamplingParams(max_tokens=max_tokens), zone_spans, timeout_s)
+    return GenerateCall(
+        "r-1", (1, 2, 3), SamplingParams(max_tokens=max_tokens), zone_spans, timeout_s, affinity=b"affinity"
+    )
 
 
 def token(token_id: int) -> TokenEvent:

@@ -52,13 +52,13 @@ class Client:
         self.client = DecodeClient(self.handle, routing, self.metrics, clock or time.monotonic)
 
     async def events(self, timeout_s: float = 5.0) -> list[TokenEvent]:
-        return [event async for event in self.client.generate(make_call(timeout_s=timeout_s), b"affinity")]
+        return [event async for event in self.client.generate(make_call(timeout_s=timeout_s))]
 
     async def fails(self, kind: type[ServeError], timeout_s: float = 5.0) -> tuple[list[TokenEvent], ServeError]:
         seen: list[TokenEvent] = []
 
         async def read() -> None:
-            async for event in self.client.generate(make_call(timeout_s=timeout_s), b"affinity"):
+            async for event in self.client.generate(make_call(timeout_s=timeout_s)):
                 seen.append(event)  # noqa: PERF401
 
         with pytest.raises(kind) as error:
@@ -279,7 +279,7 @@ def test_cancelled_reader_cancels_the_call_and_leaves_the_context(num_read: int)
 def test_reader_that_stops_between_events_has_cleaned_up_when_it_is_told_so() -> None:
     async def body() -> None:
         client = Client([token(1), token(2), last(3)])
-        events = client.client.generate(make_call(), b"")
+        events = client.client.generate(make_call())
         await anext(events)
         await events.aclose()
         assert client.handle.responses[0].is_cancelled

@@ -9,14 +9,14 @@ import pytest
 from rich.console import Console
 
 from deployments import describe as module
-from deployments.config import ZoneserveConfig
+from deployments.config import ConfigError, ZoneserveConfig
 from deployments.describe import describe
 from engine import model_store
 from engine.errors import CheckpointError
 from engine.kv_cache import KVCacheLayout
 from tests.deployments.support import local_config, local_document
 
-MODEL = SimpleNamespace(architecture="llama", num_layers=30, num_kv_heads=3, head_dim=64)
+MODEL = SimpleNamespace(architecture="llama", num_layers=30, num_kv_heads=3, head_dim=64, max_position=8192)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +84,11 @@ def test_model_that_cannot_be_served_is_an_error_of_its_own(monkeypatch: pytest.
     monkeypatch.setattr(model_store, "resolve", resolve)
     with pytest.raises(CheckpointError, match="smollm2: not in the cache"):
         describe(local_config(), Path("some.yaml"))
+
+
+def test_context_longer_than_the_models_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_model_len: 8193 tokens are more than the 8192 of the checkpoint"):
+        describe(local_config(model={"max_model_len": 8193}), Path("some.yaml"))
 
 
 def test_what_is_described_is_what_the_bundled_file_says() -> None:

@@ -357,8 +357,8 @@ class TestAffinity:
         seen: list[bytes] = []
 
         class Recorder:
-            async def generate(self, call: GenerateCall, affinity: bytes) -> AsyncGenerator[TokenEvent, None]:
-                seen.append(affinity)
+            async def generate(self, call: GenerateCall) -> AsyncGenerator[TokenEvent, None]:
+                seen.append(call.affinity)
                 yield last(1)
 
         async def body() -> None:

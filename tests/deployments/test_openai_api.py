@@ -20,9 +20,9 @@ from deployments.openai_api import (
     MAX_MESSAGES,
     STRIPPED_PARAMETERS,
     ChatRequest,
+    CompletionLogprobs,
     CompletionRequest,
     chat_logprobs,
-    completion_logprobs,
     strip_client_parameters,
     usage,
 )
@@ -339,14 +339,20 @@ def test_usage_adds_up() -> None:
     assert usage(7, 5) == {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
 
 
+VOCABULARY = {1: b"he", 2: "ü".encode(), 3: b"llo", 4: b"\xf0\x9f", 5: b"\x9a\x80", 6: b"!"}
 ITEMS = (
     TokenLogprob(1, "he", -0.5, ((1, "he", -0.5), (2, "ü", -1.5))),
     TokenLogprob(3, "llo", -0.25),
 )
+ROCKET = (
+    TokenLogprob(4, "\ufffd", -0.5, ((4, "\ufffd", -0.5), (5, "\ufffd", -1.5))),
+    TokenLogprob(5, "\ufffd", -0.25),
+    TokenLogprob(6, "!", -0.125),
+)
 
 
 def test_chat_logprobs_have_openais_shape() -> None:
-    assert chat_logprobs(ITEMS) == {
+    assert chat_logprobs(ITEMS, VOCABULARY.__getitem__) == {
         "content": [
             {
                 "token": "he",
@@ -360,14 +366,36 @@ def test_chat_logprobs_have_openais_shape() -> None:
             {"token": "llo", "logprob": -0.25, "bytes": [108, 108, 111], "top_logprobs": []},
         ]
     }
-    assert chat_logprobs(()) is None
+    assert chat_logprobs((), VOCABULARY.__getitem__) is None
 
 
-def test_completion_logprobs_count_characters_from_the_offset() -> None:
-    assert completion_logprobs(ITEMS, 10) == {
+def test_bytes_of_split_characters_add_up_to_the_text() -> None:
+    answer: Any = chat_logprobs(ROCKET, VOCABULARY.__getitem__)
+    assert bytes(byte for item in answer["content"] for byte in item["bytes"]).decode() == "🚀!"
+    assert [item["bytes"] for item in answer["content"][0]["top_logprobs"]] == [[0xF0, 0x9F], [0x9A, 0x80]]
+
+
+def test_completion_logprobs_count_characters() -> None:
+    assert CompletionLogprobs(VOCABULARY.__getitem__).take(ITEMS) == {
         "tokens": ["he", "llo"],
         "token_logprobs": [-0.5, -0.25],
         "top_logprobs": [{"he": -0.5, "ü": -1.5}, {}],
-        "text_offset": [10, 12],
+        "text_offset": [0, 2],
     }
-    assert completion_logprobs((), 0) is None
+    assert CompletionLogprobs(VOCABULARY.__getitem__).take(()) is None
+
+
+def test_completion_logprobs_of_split_characters_stay_apart_and_in_place() -> None:
+    assert CompletionLogprobs(VOCABULARY.__getitem__).take((*ROCKET, ITEMS[0])) == {
+        "tokens": [r"bytes:\xf0\x9f", r"bytes:\x9a\x80", "!", "he"],
+        "token_logprobs": [-0.5, -0.25, -0.125, -0.5],
+        "top_logprobs": [{r"bytes:\xf0\x9f": -0.5, r"bytes:\x9a\x80": -1.5}, {}, {}, {"he": -0.5, "ü": -1.5}],
+        "text_offset": [0, 0, 1, 2],
+    }
+
+
+def test_completion_logprobs_are_the_same_token_by_token() -> None:
+    together: Any = CompletionLogprobs(VOCABULARY.__getitem__).take(ROCKET)
+    one_by_one = CompletionLogprobs(VOCABULARY.__getitem__)
+    parts: list[Any] = [one_by_one.take((item,)) for item in ROCKET]
+    assert together == {name: [value for part in parts for value in part[name]] for name in together}

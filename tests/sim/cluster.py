@@ -22,8 +22,9 @@ from deployments.decode import DecodeReplica
 from deployments.engine_host import EngineHost, HostObserver
 from deployments.messages import GenerateCall, Provenance
 from deployments.prefill import PrefillReplica
-from deployments.replica import ReplicaParts, kv_pool, scheduler_config
+from deployments.replica import EngineReplica, ReplicaParts, kv_pool, scheduler_config
 from engine.engine import Engine
+from engine.errors import IntegrityError
 from engine.request import SamplingParams
 from engine.zone import PUBLIC, Zone, ZoneSpan
 from tests.deployments.support import local_config
@@ -39,15 +40,21 @@ REPLACEMENT_S = 3.0
 HEALTH_CHECK_S = 2.0
 
 
-def sim_config(**routing: Any) -> ZoneserveConfig:
+def sim_config(**transfer: Any) -> ZoneserveConfig:
     """Small pools and chunks, so that prompts take several steps and requests wait for blocks."""
     return local_config(
         model={"max_model_len": MAX_MODEL_LEN},
         engine={"block_size": BLOCK_SIZE, "max_num_batched_tokens": 16, "max_prefill_chunk": 8, "max_num_seqs": 6},
         prefill={"num_blocks": 40},
         decode={"num_blocks": 48},
-        transfer={"write_timeout_s": 2.0, "handoff_timeout_s": 6.0, "fence_timeout_s": 4.0, "ticket_ttl_s": 8.0},
-        routing={"local_prefill_max_tokens": 6, "reserve_timeout_s": 5.0, "choose_timeout_s": 2.0, **routing},
+        transfer={
+            "write_timeout_s": 2.0,
+            "handoff_timeout_s": 6.0,
+            "fence_timeout_s": 4.0,
+            "ticket_ttl_s": 8.0,
+            **transfer,
+        },
+        routing={"local_prefill_max_tokens": 6, "reserve_timeout_s": 5.0, "choose_timeout_s": 2.0},
     )
 
 
@@ -147,6 +154,9 @@ class Answer:
     provenance: Provenance | None = None
     has_left: bool = False
 
+    def note_end(self, reader: asyncio.Task[None]) -> None:
+        self.has_left = reader.cancelled()
+
     def check(self) -> None:
         """Right tokens, or an honest end: never a wrong one, never a wrong sum."""
         expected = ToyModel.continuation(self.prompt, self.sampling.max_tokens, ignore_eos=self.sampling.ignore_eos)
@@ -164,7 +174,11 @@ class Answer:
 class Cluster:
     """One decode replica and some prefill replicas. Build it on the loop that runs it: `running_cluster`."""
 
-    def __init__(self, seed: int = 0, *, num_prefill: int = 1, config: ZoneserveConfig | None = None) -> None:
+    def __init__(
+        self, seed: int = 0, *, num_prefill: int = 1, config: ZoneserveConfig | None = None, has_threads: bool = False
+    ) -> None:
+        """`has_threads`: the engines run on threads of their own, in real time; a seed does not repeat such a run."""
+        self.has_threads = has_threads
         self.random = random.Random(seed)
         self.config = config or sim_config()
         self.network = Network(self.random)
@@ -172,12 +186,11 @@ class Cluster:
         self.pool = PrefillHandle(self.network)
         self.answers: list[Answer] = []
         self.engines: dict[str, Engine] = {}
-        self.hosts: list[SteppedHost] = []
+        self.hosts: list[EngineHost] = []
         for _ in range(num_prefill):
             self.add_prefill()
-        self.decode_runner = ToyRunner(self.config.decode.num_blocks)
-        self.decode = DecodeReplica(self.config, "", self.pool, self._parts("decode", self.decode_runner))
-        self.decode_host = self.decode.host
+        self.decodes: list[DecodeReplica] = []
+        self.decode = self.add_decode()
 
     # What runs.
 
@@ -187,6 +200,11 @@ class Cluster:
         self.pool.replicas.append(served)
         return served
 
+    def add_decode(self) -> DecodeReplica:
+        parts = self._parts("decode", ToyRunner(self.config.decode.num_blocks))
+        self.decodes.append(DecodeReplica(self.config, "", self.pool, parts))
+        return self.decodes[-1]
+
     @property
     def prefill(self) -> ServedReplica:
         """The replica that is alive, where one is."""
@@ -194,7 +212,8 @@ class Cluster:
 
     def kill_prefill(self, served: ServedReplica, replacement_s: float = REPLACEMENT_S) -> None:
         served.is_alive = False
-        served.replica.host.die()  # type: ignore[attr-defined]
+        host = served.replica.host
+        host.die() if isinstance(host, SteppedHost) else host.stop()
         self.fabric.kill(served.name)
         for response in list(served.responses):
             response.cut(ActorDiedError())
@@ -202,7 +221,7 @@ class Cluster:
 
     def break_engine(self, served: ServedReplica) -> None:
         """Its next step raises: the engine stops, the process lives on until Serve's health check replaces it."""
-        served.replica.runner.fault = RuntimeError("injected")  # type: ignore[attr-defined]
+        fail_next_step(served.replica)
         asyncio.get_running_loop().call_later(HEALTH_CHECK_S, self._check_health, served)
 
     def _check_health(self, served: ServedReplica) -> None:
@@ -230,9 +249,13 @@ class Cluster:
             unix_time_s=asyncio.get_running_loop().time,
         )
 
-    def _make_host(self, engine: Engine, observer: HostObserver) -> SteppedHost:
-        self.hosts.append(SteppedHost(engine, observer, self.network, self.check_fences))
-        return self.hosts[-1]
+    def _make_host(self, engine: Engine, observer: HostObserver) -> EngineHost:
+        if self.has_threads:
+            host = EngineHost(engine, observer)
+        else:
+            host = SteppedHost(engine, observer, self.network, self.check_fences)
+        self.hosts.append(host)
+        return host
 
     # What clients do.
 
@@ -244,9 +267,10 @@ class Cluster:
         request_id: str | None = None,
         replica: DecodeReplica | None = None,
         priority: int = 0,
+        pause_s: float = 0.0,
         **sampling: Any,
     ) -> tuple[Answer, asyncio.Task[None]]:
-        """Start one request; cancelling the task is the client leaving."""
+        """Start one request; cancelling the task is the client leaving. `pause_s`: how long it takes over an event."""
         params = SamplingParams(**{"ignore_eos": True, "max_tokens": 6, **sampling})
         spans = (ZoneSpan(len(prompt), zone),) if isinstance(zone, Zone) else zone
         call = GenerateCall(
@@ -254,25 +278,24 @@ class Cluster:
         )
         answer = Answer(prompt, params)
         self.answers.append(answer)
-        task = asyncio.get_running_loop().create_task(self._read(replica or self.decode, call, answer))
+        task = asyncio.get_running_loop().create_task(self._read(replica or self.decode, call, answer, pause_s))
+        task.add_done_callback(answer.note_end)
         return answer, task
 
     async def answer(self, prompt: tuple[int, ...], **options: Any) -> Answer:
         answer, task = self.ask(prompt, **options)
-        await task
+        await asyncio.wait([task])
         return answer
 
-    async def _read(self, replica: DecodeReplica, call: GenerateCall, answer: Answer) -> None:
-        try:
-            async with aclosing(replica.generate(call)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    assert answer.finish_reason is None, "an event after the last"
-                    answer.tokens += event.token_ids
-                    answer.error = event.error
-                    if event.finish_reason is not None:
-                        answer.finish_reason, answer.provenance = event.finish_reason, event.provenance
-        except asyncio.CancelledError:
-            answer.has_left = True
+    async def _read(self, replica: DecodeReplica, call: GenerateCall, answer: Answer, pause_s: float) -> None:
+        async with aclosing(replica.generate(call)) as events:  # type: ignore[type-var]
+            async for event in events:
+                assert answer.finish_reason is None, "an event after the last"
+                answer.tokens += event.token_ids
+                answer.error = event.error
+                if event.finish_reason is not None:
+                    answer.finish_reason, answer.provenance = event.finish_reason, event.provenance
+                await asyncio.sleep(pause_s)
 
     # What must hold.
 
@@ -298,30 +321,34 @@ class Cluster:
         """Seconds until no task is left and no engine is awake; fails where that takes longer than every limit."""
         loop = asyncio.get_running_loop()
         started_s = loop.time()
-        while (others := asyncio.all_tasks() - {asyncio.current_task()}) or any(host.is_awake for host in self.hosts):
+        while (others := asyncio.all_tasks() - {asyncio.current_task()}) or any(map(_is_awake, self.hosts)):
             assert loop.time() - started_s < limit_s, f"still running after {limit_s} s: {others}"
             await asyncio.wait(others or {loop.create_task(asyncio.sleep(STEP_S))}, timeout=limit_s)
+        for host in self.hosts:
+            if self.has_threads and host.is_alive:
+                await host.call(lambda engine: None)  # behind what was posted to it
+        await asyncio.sleep(0)  # what hears of the end of the last task
         return loop.time() - started_s
 
     def check_clean(self) -> None:
         """Nothing of any request is left anywhere, and everything is counted once."""
         for answer in self.answers:
             answer.check()
-        decode = self.decode
-        self._check_replica(decode)
-        decode._receiver.ledger.check()
-        ledger = decode._receiver.stats().ledger
-        assert (ledger.writing_handoffs, ledger.quarantined_handoffs) == (0, 0)
-        assert not decode._receiver._tasks
+        for decode in self.decodes:
+            self._check_replica(decode)
+            decode._receiver.ledger.check()
+            ledger = decode._receiver.stats().ledger
+            assert (ledger.writing_handoffs, ledger.quarantined_handoffs) == (0, 0)
+            assert not decode._receiver._tasks
         for served in self.pool.replicas:
             if served.is_alive:
                 self._check_replica(served.replica)
-                assert not served.replica._ended
+                assert not served.replica._calls
                 assert not served.responses
         assert self.pool.counts["chosen"] == self.pool.counts["left"], "a replica's slot was not given back"
         self._check_counts()
 
-    def _check_replica(self, replica: Any) -> None:
+    def _check_replica(self, replica: EngineReplica) -> None:
         host = replica.host
         assert not host._streams
         assert not replica._background
@@ -342,12 +369,36 @@ class Cluster:
             answer.provenance.fallback for answer in self.answers if answer.provenance and answer.provenance.fallback
         )
         assert not told - fallbacks, "a fallback that was not counted"
+        recomputed = sum(answer.provenance.recomputed_tokens for answer in self.answers if answer.provenance)
+        assert sum(decode.metrics.recomputed._value.get() for decode in self.decodes) == recomputed
 
     def outcomes(self) -> Counter[str]:
-        return _counter(self.decode.metrics.handoffs, "outcome")
+        return sum((_counter(decode.metrics.handoffs, "outcome") for decode in self.decodes), Counter())
 
     def fallbacks(self) -> Counter[str]:
-        return _counter(self.decode.metrics.fallbacks, "reason")
+        return sum((_counter(decode.metrics.fallbacks, "reason") for decode in self.decodes), Counter())
+
+    def fences(self) -> Counter[str]:
+        """Of all decode replicas, by what proved them."""
+        return sum((Counter(decode._receiver.stats().ledger.fences) for decode in self.decodes), Counter())
+
+
+def _is_awake(host: EngineHost) -> bool:
+    return isinstance(host, SteppedHost) and host.is_awake
+
+
+def fail_next_step(replica: EngineReplica) -> None:
+    assert isinstance(replica.runner, ToyRunner)
+    replica.runner.fault = RuntimeError("injected")
+
+
+def stop_engine(replica: EngineReplica) -> None:
+    """It finds its own state broken, and must not go on."""
+
+    def find_fault(engine: Engine) -> None:
+        raise IntegrityError("injected")
+
+    replica.host.post(find_fault)
 
 
 def _counter(metric: Any, label: str) -> Counter[str]:
@@ -359,6 +410,11 @@ def _counter(metric: Any, label: str) -> Counter[str]:
 async def running_cluster(seed: int = 0, **options: Any) -> AsyncIterator[Cluster]:
     """A cluster that must be clean when the body has ended and everything has come to rest."""
     cluster = Cluster(seed, **options)
-    yield cluster
-    await cluster.come_to_rest()
-    cluster.check_clean()
+    try:
+        yield cluster
+        await cluster.come_to_rest()
+        cluster.check_clean()
+    finally:
+        for host in cluster.hosts:
+            if cluster.has_threads:
+                host.stop()

@@ -8,15 +8,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deployments.messages import PrefillCall, PrefillEvent, RouteHint
+from deployments.messages import FirstToken, PrefillCall, PrefillEvent, RouteHint
 from deployments.prefill import PrefillReplica
 
 CHOOSE_PAUSE_S = 0.05
@@ -34,6 +34,9 @@ class Network:
     loses_settle: float = 0.0
     breaks_call: float = 0.0  # the replica itself ends a call, as one that is shut down does
     refuses_choice: float = 0.0
+    loses_first_token: bool = False
+    delays_call_s: float = 0.0
+    delays_event: Callable[[PrefillEvent], float] = lambda event: 0.0  # besides its lag
 
     def lag_s(self) -> float:
         return self.random.uniform(0, self.slow_s if self.happens(self.slow) else self.fast_s)
@@ -72,8 +75,8 @@ class Response:
         self._arrived: asyncio.Queue[PrefillEvent | BaseException] = asyncio.Queue()
         self._last_arrival_s = 0.0
         self._is_over = False
-        self.num_sent = 0
         self._task = asyncio.get_running_loop().create_task(self._serve())
+        self._task.add_done_callback(self._note_end)
         served.responses.append(self)
 
     def __aiter__(self) -> Response:
@@ -92,6 +95,10 @@ class Response:
         if not self._network.happens(self._network.loses_cancel):
             asyncio.get_running_loop().call_later(self._network.lag_s(), self._task.cancel)
 
+    def give_up(self) -> None:
+        """The replica ends the call by itself, as one that is shut down does."""
+        self._task.cancel()
+
     def cut(self, error: BaseException) -> None:
         """The replica's process ends: what it had sent still arrives, then the caller learns of it."""
         self._task.cancel()
@@ -99,29 +106,35 @@ class Response:
 
     async def _serve(self) -> None:
         try:
-            await asyncio.sleep(self._network.lag_s())  # a call cancelled here never begins
+            # A call that is cancelled here never begins.
+            await asyncio.sleep(self._network.lag_s() + self._network.delays_call_s)
             if not self._served.is_alive:
                 raise ActorDiedError
             if self._network.happens(self._network.breaks_call):
-                asyncio.get_running_loop().call_later(self._network.lag_s(), self._task.cancel)
+                asyncio.get_running_loop().call_later(self._network.lag_s(), self.give_up)
             async with aclosing(self._served.replica.prefill(self._call)) as events:  # type: ignore[type-var]
                 async for event in events:
                     self._send(event)
                     self._watch(self, event)
             self._send(StopAsyncIteration())
-        except asyncio.CancelledError:
-            self._send(asyncio.CancelledError())
         except ActorDiedError as error:
             self._send(error)
         except Exception as error:
             self._send(RayTaskError("prefill", "", error).as_instanceof_cause())
-        finally:
-            self._served.responses.remove(self)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        self._served.responses.remove(self)
+        if task.cancelled():
+            self._send(asyncio.CancelledError())  # as Serve does, whoever cancelled it
 
     def _send(self, item: PrefillEvent | BaseException) -> None:
+        if isinstance(item, FirstToken) and self._network.loses_first_token:
+            return
         loop = asyncio.get_running_loop()
-        self.num_sent += 1
-        self._last_arrival_s = max(self._last_arrival_s, loop.time() + self._network.lag_s())
+        lag_s = self._network.lag_s()
+        if not isinstance(item, BaseException):
+            lag_s += self._network.delays_event(item)
+        self._last_arrival_s = max(self._last_arrival_s, loop.time() + lag_s)
         loop.call_at(self._last_arrival_s, self._arrived.put_nowait, item)
 
 
@@ -145,19 +158,9 @@ class PrefillHandle:
     def prefill(self) -> PrefillHandle:
         return self
 
-    @asynccontextmanager
-    async def choose_replica(self, hint: RouteHint) -> AsyncIterator[Selection]:
+    def choose_replica(self, hint: RouteHint) -> _Choice:
         assert hint.num_prompt_tokens > 0
-        await asyncio.sleep(self.network.lag_s())
-        if self.network.happens(self.network.refuses_choice):
-            raise DeploymentUnavailableError("prefill")
-        while not (alive := [served for served in self.replicas if served.is_alive]):  # noqa: ASYNC110
-            await asyncio.sleep(CHOOSE_PAUSE_S)  # as Serve does, without a limit of its own
-        self.counts["chosen"] += 1
-        try:
-            yield Selection(self.network.random.choice(alive))
-        finally:
-            self.counts["left"] += 1
+        return _Choice(self)
 
     def dispatch(self, selection: Selection, call: PrefillCall) -> Response:
         self.counts["dispatched"] += 1
@@ -167,6 +170,26 @@ class PrefillHandle:
         assert method == "settle"
         self.counts["settle"] += 1
         return _Broadcast(self, args)
+
+
+class _Choice:
+    """A place on a replica from entry to exit. A class: a generator would be left when it is collected, too."""
+
+    def __init__(self, handle: PrefillHandle) -> None:
+        self._handle = handle
+
+    async def __aenter__(self) -> Selection:
+        handle, network = self._handle, self._handle.network
+        await asyncio.sleep(network.lag_s())
+        if network.happens(network.refuses_choice):
+            raise DeploymentUnavailableError("prefill")
+        while not (alive := [served for served in handle.replicas if served.is_alive]):  # noqa: ASYNC110
+            await asyncio.sleep(CHOOSE_PAUSE_S)  # as Serve does, without a limit of its own
+        handle.counts["chosen"] += 1
+        return Selection(network.random.choice(alive))
+
+    async def __aexit__(self, *_: object) -> None:
+        self._handle.counts["left"] += 1
 
 
 class _Broadcast:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -31,12 +31,32 @@ class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-t
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """`num_turns` counts passes over the ready callbacks: between two of them, anything else may happen first."""
+
     def __init__(self) -> None:
         self._jumping = _JumpingSelector()
+        self._interruptions: dict[int, Callable[[], object]] = {}
+        self.num_turns = 0
         super().__init__(self._jumping)
 
     def time(self) -> float:
         return self._jumping.now_s
+
+    def interrupt(self, num_turns: int, action: Callable[[], object]) -> None:
+        """Run `action` before the turn that comes after `num_turns` more."""
+        self._interruptions[self.num_turns + num_turns] = action
+
+    def _run_once(self) -> None:
+        self._interruptions.pop(self.num_turns, lambda: None)()
+        self.num_turns += 1
+        super()._run_once()  # type: ignore[misc]
+
+
+def virtual_loop() -> VirtualTimeLoop:
+    """The running one."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    return loop
 
 
 def run_in_virtual_time(job: Coroutine[Any, Any, _T]) -> _T:
