@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 
 from engine.engine import Engine, RequestOutput
 from engine.errors import IntegrityError
-from engine.request import FinishReason, Request, RequestStatus
+from engine.request import Request, RequestStatus
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve.zoneserve.engine_host")
@@ -227,10 +227,6 @@ class EngineHost:
                 self._commands.get_nowait()()
             except queue.Empty:
                 return
-
-
-def is_natural_end(reason: FinishReason | None) -> bool:
-    return reason in (FinishReason.STOP, FinishReason.LENGTH)
 
 
 def _deliver(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
