@@ -10,11 +10,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL ?= smollm2
 PORT ?= 8000
+CONFIG ?= local
+BENCH_ARGS ?=
 
-.PHONY: help setup model review test lint serve bench load clean
+.PHONY: help setup model review test lint serve bench bench-modes bench-peers load clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: install it, or name it with make PYTHON=..." >&2; exit 1; }
@@ -31,7 +33,7 @@ model: $(STAMP)
 	@$(BIN)/zoneserve model fetch $(MODEL)
 
 review: model ## Review the sample claims with a local deployment; writes out/reviews
-	@$(BIN)/zoneserve review --sample
+	@$(BIN)/zoneserve review --sample --config $(CONFIG)
 
 # One numeric thread a process: tests start several replicas on few cores, and a fixed count keeps timings alike.
 test: model ## Run every test that needs no GPU
@@ -43,11 +45,23 @@ lint: $(STAMP) ## Check style, types and import directions
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-serve: model ## Serve on port 8000 until Ctrl-C; make serve PORT=9000 for another
-	@$(BIN)/zoneserve serve --port $(PORT)
+serve: model ## Serve until Ctrl-C; make serve PORT=9000 CONFIG=local-monolithic for another port and one pool
+	@$(BIN)/zoneserve serve --port $(PORT) --config $(CONFIG)
 
 bench: model ## Measure the engine and a local deployment; writes out/bench.json
 	@$(BIN)/python -m load_tests.bench
+
+# Each peer has an environment of its own; one that cannot be made is reported as missing, and tried again next time.
+PEER_ENVIRONMENTS := $(foreach name,llama_cpp vllm transformers chart,out/peers/$(name)/.ready)
+
+$(PEER_ENVIRONMENTS): out/peers/%/.ready: load_tests/peers/environments.py | $(STAMP)
+	@$(BIN)/python -m load_tests.peers.environments $*
+
+bench-peers: model $(PEER_ENVIRONMENTS) ## Measure ours against llama.cpp, vLLM and transformers; writes out/peers
+	@$(BIN)/python -m load_tests.peers.bench $(BENCH_ARGS)
+
+bench-modes: model ## Measure prefill and decode apart against one pool; writes out/bench-modes.json
+	@$(BIN)/python -m load_tests.bench_modes $(BENCH_ARGS)
 
 load: model ## Load a local deployment for 60 s; writes out/load
 	@$(BIN)/python -m load_tests.run_load

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deployments.config import BUNDLED, ConfigError, ZoneserveConfig, load_config
+from deployments.config import BUNDLED, ConfigError, ZoneserveConfig, find_config, load_config
 from deployments.settings import read_settings
 from engine.errors import CheckpointError
 
@@ -30,7 +30,8 @@ app.add_typer(cluster_app, name="cluster")
 out = Console()
 err = Console(stderr=True)
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The deployment's YAML file.")]
+CONFIG_HELP = "The deployment's YAML file, or the name of a shipped one: local, local-monolithic."
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help=CONFIG_HELP)]
 PortOption = Annotated[int | None, typer.Option("--port", "-p", min=1, max=65535, help="Overrides ingress.port.")]
 LOCAL_CONFIG = BUNDLED / "local.yaml"
 
@@ -64,7 +65,7 @@ def serve(config: ConfigOption = LOCAL_CONFIG, port: PortOption = None) -> None:
     """Start a local deployment and stay up until interrupted."""
     from deployments.local import CLIENT_KEY_FILE, local_deployment
 
-    settings = _with_port(load_config(config), port)
+    settings = _with_port(load_config(find_config(config)), port)
     stop = threading.Event()
     with ExitStack() as stack:
         with out.status("starting the deployment"):
@@ -104,19 +105,20 @@ def review(
         if url is not None:
             endpoint = Endpoint(url.rstrip("/"), _read_key(key_file or CLIENT_KEY_FILE))
         else:
-            settings = _with_port(load_config(config), port)
-            with out.status("starting the deployment (Ray, 1 ingress, prefill and decode replicas)"):
+            settings = _with_port(load_config(find_config(config)), port)
+            with out.status(f"starting the deployment (Ray, ingress and engine replicas, {settings.mode})"):
                 endpoint = stack.enter_context(local_deployment(settings))
         is_complete = review_files(files_read, endpoint, out_dir, out)
     raise typer.Exit(0 if is_complete else 1)
 
 
 @app.command()
-def check(config: Annotated[Path, typer.Argument(help="The deployment's YAML file.")] = LOCAL_CONFIG) -> None:
+def check(config: Annotated[Path, typer.Argument(help=CONFIG_HELP)] = LOCAL_CONFIG) -> None:
     """Validate a configuration and say what it would deploy; starts nothing."""
     from deployments.describe import describe
 
-    out.print(describe(load_config(config), config))
+    path = find_config(config)
+    out.print(describe(load_config(path), path))
 
 
 @cluster_app.command("check")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -32,7 +32,7 @@ class ModelSection(_Section):
 class EngineSection(_Section):
     """Step budget and block geometry, the same on both pools."""
 
-    backend: Literal["torch"] = "torch"
+    backend: Literal["torch", "native"] = "torch"
     block_size: int = Field(default=16, ge=1, le=256)
     max_num_batched_tokens: int = Field(default=512, ge=1)
     max_num_seqs: int = Field(default=32, ge=1)
@@ -47,11 +47,28 @@ class PoolSection(_Section):
     replicas: int = Field(default=1, ge=1, le=1000)
     num_blocks: int = Field(ge=8)
     num_threads: int = Field(default=1, ge=1)
+    cpus: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = Field(
+        default=(),
+        strict=False,  # YAML has no tuples, only lists
+        description="cores the replica is pinned to, counted among those that the process may use; empty: not pinned",
+    )
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
     max_ongoing_requests: int = Field(default=64, ge=1)
     labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels a replica needs")
+
+    @model_validator(mode="after")
+    def _cores_are_one_replicas_own(self) -> Self:
+        if not self.cpus:
+            return self
+        if len(set(self.cpus)) != len(self.cpus):
+            raise ValueError("cpus names a core twice")
+        if self.replicas > 1:
+            raise ValueError(f"cpus would put all {self.replicas} replicas on the same cores")
+        if self.num_threads > len(self.cpus):
+            raise ValueError(f"num_threads: {self.num_threads} threads would share the {len(self.cpus)} cores of cpus")
+        return self
 
 
 class TransferSection(_Section):
@@ -141,6 +158,12 @@ def require_context(config: ZoneserveConfig, max_position: int) -> None:
     if config.model.max_model_len > max_position:
         asked = config.model.max_model_len
         raise ConfigError(f"model.max_model_len: {asked} tokens are more than the {max_position} of the checkpoint")
+
+
+def find_config(name: Path) -> Path:
+    """`name` itself, unless it is no file but the name of a shipped configuration, for example `local-monolithic`."""
+    shipped = BUNDLED / f"{name.name}.yaml"
+    return shipped if name.parent == Path() and not name.exists() and shipped.is_file() else name
 
 
 def load_config(path: Path) -> ZoneserveConfig:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from deployments.affinity import can_pin
 from deployments.config import PoolSection, ZoneserveConfig, require_context
 from deployments.settings import read_settings
 from engine import model_store
 from engine.checkpoint import load_checkpoint
-from engine.kv_cache import KVCacheLayout
+from engine.kv_cache import PAIRED_SLOTS, KVCacheLayout
+from engine.model_config import ModelConfig
+from engine.native.build import COMPILER
+from engine.native.packing import unsupported_reason
 
 MIB = 1 << 20
 
@@ -25,21 +30,30 @@ def describe(config: ZoneserveConfig, source: Path) -> RenderableType:
     path = model_store.resolve(config.model.name, read_settings().model_cache)
     model = load_checkpoint(path).config
     require_context(config, model.max_position)
+    fallback = _fallback_reason(config, model)
+    is_native = config.engine.backend == "native" and fallback is None
     layout = KVCacheLayout(
-        model.num_layers, model.num_kv_heads, model.head_dim, config.engine.block_size, config.model.dtype
+        model.num_layers,
+        model.num_kv_heads,
+        model.head_dim,
+        config.engine.block_size,
+        config.model.dtype,
+        slab_order="pairs" if is_native and config.engine.block_size % PAIRED_SLOTS == 0 else "rows",
     )
     facts = Table(show_header=False, title=f"{source}: valid")
     facts.add_column()
     facts.add_column(overflow="fold")
     facts.add_row("mode", config.mode)
     facts.add_row("model", f"{config.model.served_name} ({model.architecture}, {config.model.dtype}) from {path}")
+    facts.add_row("backend", config.engine.backend if fallback is None else f"torch, not native: {fallback}")
     facts.add_row("context", f"{config.model.max_model_len} tokens")
     facts.add_row("KV block", f"{config.engine.block_size} tokens, {layout.block_bytes // 1024} KiB")
     facts.add_row("KV layout", layout.fingerprint()[:16])
     facts.add_row("endpoint", f"http://{config.ingress.host}:{config.ingress.port}")
     facts.add_row("in flight at most", f"{config.routing.max_inflight_requests} generations an ingress")
-    pools = Table("role", "replicas", "threads", "KV blocks", "KV memory each", "tokens each", title="would deploy")
-    pools.add_row("ingress", str(config.ingress.replicas), "1", "-", "-", "-")
+    columns = ("role", "replicas", "threads", "cores", "KV blocks", "KV memory each", "tokens each")
+    pools = Table(*columns, title="would deploy")
+    pools.add_row("ingress", str(config.ingress.replicas), "1", *["-"] * 4)
     if config.mode == "disaggregated":
         pools.add_row("prefill", *_pool_cells(config.prefill, layout))
     pools.add_row("decode", *_pool_cells(config.decode, layout))
@@ -50,7 +64,22 @@ def _pool_cells(pool: PoolSection, layout: KVCacheLayout) -> list[str]:
     return [
         str(pool.replicas),
         str(pool.num_threads),
+        _cores(pool),
         str(pool.num_blocks),
         f"{pool.num_blocks * layout.block_bytes / MIB:.0f} MiB",
         str(pool.num_blocks * layout.block_size),
     ]
+
+
+def _cores(pool: PoolSection) -> str:
+    places = ", ".join(map(str, pool.cpus)) or "any"
+    return places if can_pin(pool.cpus) else f"any: this machine has no {places}"
+
+
+def _fallback_reason(config: ZoneserveConfig, model: ModelConfig) -> str | None:
+    """Why this machine would run torch where native is asked for, as far as can be told without compiling."""
+    if config.engine.backend != "native":
+        return None
+    if shutil.which(COMPILER) is None:
+        return f"no {COMPILER} on the PATH to compile its kernels"
+    return unsupported_reason(model, dtype=config.model.dtype, device=config.decode.device)

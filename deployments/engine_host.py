@@ -181,6 +181,8 @@ class EngineHost:
         except Exception as error:
             logger.exception("the engine cannot go on")
             self._fail(error)
+        finally:
+            self._engine.close()
 
     def _turn(self) -> None:
         """The commands that wait, then one step; where there is nothing to compute, wait for a command."""

@@ -26,7 +26,7 @@ from engine.request import Request, RequestStatus
 from engine.sampler import SampledToken
 from engine.zone import joined_zone
 from transfer.handoff import HandoffReceiver, Landing, LandingReceipt, LandingRefused
-from transfer.protocol import ConnectorClosed, TransferError
+from transfer.protocol import ConnectorClosed, PeerIncompatible, TransferError
 from transfer.quarantine import HandoffFault
 
 logger = logging.getLogger("ray.serve.zoneserve.handoff")
@@ -160,7 +160,8 @@ class DecodeHandoff:
             )
         except (TransferError, KeyError, ValueError) as error:
             logger.warning("%s: no ticket: %s", request.request_id, error)
-            raise HandoffFailed("prefill_unreachable") from error
+            reason = "incompatible" if isinstance(error, PeerIncompatible) else "prefill_unreachable"
+            raise HandoffFailed(reason) from error
         return self._landing
 
     def _call(self, landing: Landing) -> PrefillCall:

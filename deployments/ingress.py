@@ -51,6 +51,7 @@ logger = logging.getLogger("ray.serve.zoneserve.ingress")
 
 SCRAPE_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 5.0
+HEALTH_FIELDS = ("replica", "alive", "arithmetic", "backend_fallback")
 ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/reviews", "/v1/models", "/health", "/metrics"})
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -124,6 +125,7 @@ class Ingress:
             metrics=self._metrics,
             weights_digest=checkpoint.weights_digest,
             pseudonym_key=derive_key(master_key, b"member-pseudonym"),
+            arithmetic=self._decode_arithmetic,
         )
 
     # -- generation
@@ -226,7 +228,7 @@ class Ingress:
             return JSONResponse({"status": "unavailable", "reason": type(error).__name__}, status_code=503)
         is_healthy = all(replicas and all(state["alive"] for state in replicas) for replicas in states.values())
         shown = {  # no process ids: this answer needs no key
-            name: [{"replica": state["replica"], "alive": state["alive"]} for state in replicas]
+            name: [{key: state[key] for key in HEALTH_FIELDS} for state in replicas]
             for name, replicas in states.items()
         }
         body = {"status": "ok" if is_healthy else "unavailable", "pools": shown}
@@ -246,6 +248,17 @@ class Ingress:
             except Exception as error:  # a scrape shows what can be had
                 logger.warning("no metrics from %s: %s", role, type(error).__name__)
         return Response(merge_expositions(texts), media_type=METRICS_CONTENT_TYPE)
+
+    async def _decode_arithmetic(self) -> str:
+        """What the decode replicas compute with, joined where they differ; `unknown` where none answers, and then the
+        model will abstain and the rules stand alone."""
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                states = list(await self._decode.broadcast("health").results_async())
+        except Exception as error:
+            logger.warning("the decode pool does not say what it computes with: %s", type(error).__name__)
+            states = []
+        return "+".join(sorted({str(state["arithmetic"]) for state in states})) or "unknown"
 
     # -- checks
 

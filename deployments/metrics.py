@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -122,6 +122,21 @@ class ReplicaMetrics:
         self.duplicated = Counter(
             PREFIX + "duplicated_prefill_tokens",
             "Prompt tokens prefill computed although decode held them",
+            registry=self.registry,
+        )
+        self.engine_info = Gauge(
+            PREFIX + "engine_info", "1, by the arithmetic that runs", ["arithmetic"], registry=self.registry
+        )
+        self.backend_fallbacks = Counter(
+            PREFIX + "backend_fallbacks", "Start-ups on torch instead of the configured backend", ["reason"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.pinned_cpus = Gauge(
+            PREFIX + "pinned_cpus", "Cores the replica is pinned to; 0: it is not", registry=self.registry
+        )
+        self.start = Gauge(
+            PREFIX + "replica_start_seconds",
+            "Start of the process to the first health check that it passes; 0 until then",
             registry=self.registry,
         )
 

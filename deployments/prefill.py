@@ -19,7 +19,7 @@ from engine.request import FinishReason, Request
 from engine.zone import joined_zone
 from transfer.handoff import HandoffSender, PushSession
 from transfer.notice import AbortReason
-from transfer.protocol import TransferError
+from transfer.protocol import PeerIncompatible, TransferError
 from transfer.ticket import Expectation, ReplayGuard, TicketRefused, TicketSealer, TicketVerifier
 
 logger = logging.getLogger("ray.serve.zoneserve.prefill")
@@ -75,7 +75,7 @@ class PrefillReplica(EngineReplica):
         except TransferError as error:
             logger.warning("%s: %s", call.request_id, error)
             self._end(call.request_id)
-            yield PrefillRefused(error.reason if isinstance(error, TicketRefused) else "decode_unreachable")
+            yield PrefillRefused(_refusal(error))
             return
         except BaseException:
             self._end(call.request_id)
@@ -155,6 +155,13 @@ class PrefillReplica(EngineReplica):
 
     def _end(self, request_id: str) -> None:
         self._calls.pop(request_id).set()
+
+
+def _refusal(error: TransferError) -> str:
+    """A label; what a peer sent is only in the log."""
+    if isinstance(error, TicketRefused):
+        return error.reason
+    return "incompatible" if isinstance(error, PeerIncompatible) else "decode_unreachable"
 
 
 class _Pusher:

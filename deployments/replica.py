@@ -13,9 +13,12 @@ from typing import Any
 
 from ray import serve
 
+from deployments.affinity import can_pin, pin_process, usable_cpus
 from deployments.config import PoolSection, ZoneserveConfig
 from deployments.engine_host import EngineHost, HostObserver
 from deployments.metrics import EngineCollector, ReplicaMetrics, exposition
+from deployments.settings import read_settings
+from deployments.startup import StartupClock
 from deployments.trust.principals import read_master_key
 from engine.block_hash import BlockHasher, HashContext, derive_key
 from engine.checkpoint import load_checkpoint
@@ -33,7 +36,8 @@ logger = logging.getLogger("ray.serve.zoneserve.replica")
 class ReplicaParts:
     """What a replica is built on. `build_parts` makes the real ones; a simulation hands in its own.
 
-    `make_host`: puts the engine on its thread. `unix_time_s`: tickets expire by it.
+    `make_host`: puts the engine on its thread. `unix_time_s`: tickets expire by it. `cores`: the kernel's numbers
+    of those that the process is pinned to. `startup`: runs since the process started.
     """
 
     engine: Engine
@@ -43,6 +47,8 @@ class ReplicaParts:
     transfer_key: bytes
     make_host: Callable[[Engine, HostObserver], EngineHost] = EngineHost
     unix_time_s: Callable[[], float] = time.time
+    cores: tuple[int, ...] = ()
+    startup: StartupClock | None = None
 
 
 class EngineReplica:
@@ -62,6 +68,11 @@ class EngineReplica:
         self.tokenizer = parts.tokenizer
         self.connector = parts.connector
         self.metrics = ReplicaMetrics()
+        self.metrics.engine_info.labels(self.runner.arithmetic).set(1)
+        if self.runner.fallback_reason is not None:
+            self.metrics.backend_fallbacks.labels(short_reason(self.runner.fallback_reason)).inc()
+        self.metrics.pinned_cpus.set(len(parts.cores))
+        self._startup = parts.startup
         self.host = parts.make_host(parts.engine, self)
         self._background: set[asyncio.Task[None]] = set()
 
@@ -79,12 +90,28 @@ class EngineReplica:
         return task
 
     async def health(self) -> dict[str, object]:
-        return {"replica": _replica_name(), "alive": self.host.is_alive, "pid": os.getpid()}
+        """`backend_fallback`: why torch runs where another backend was configured; None where it does not."""
+        fallback = self.runner.fallback_reason
+        return {
+            "replica": _replica_name(),
+            "alive": self.host.is_alive,
+            "pid": os.getpid(),
+            "arithmetic": self.runner.arithmetic,
+            "backend_fallback": None if fallback is None else short_reason(fallback),
+        }
 
     async def check_health(self) -> None:
-        """Serve's probe: a replica whose engine has stopped is replaced."""
+        """Serve's probe: a replica whose engine has stopped is replaced. Serve sends requests after the first one."""
         if not self.host.is_alive:
             raise RuntimeError(f"the engine has stopped: {self.host.fault}")
+        if self._startup is not None:
+            self._startup.lap("health")
+            self.metrics.start.set(self._startup.total_s)
+            logger.info(
+                "%s ready %.2f s after its process started, %s (%s)",
+                self.role, self._startup.total_s, self.runner.arithmetic, self._startup,
+            )  # fmt: skip
+            self._startup = None
 
     async def engine_stats(self) -> dict[str, Any]:
         """Engine and transfer counts; `background` counts clean-up under way."""
@@ -111,10 +138,12 @@ class EngineReplica:
 
 
 def build_parts(role: str, config: ZoneserveConfig, pool: PoolSection, model_path: str) -> ReplicaParts:
-    """Load the checkpoint, make an engine on it, and join its KV cache to the NIXL transfer."""
-    started = time.monotonic()
+    """Pin the process, load the checkpoint, make an engine on it, and join its KV cache to the NIXL transfer."""
+    startup = StartupClock()
+    cores = _pin(role, pool)
     checkpoint = load_checkpoint(Path(model_path))
     tokenizer = Tokenizer.from_path(checkpoint.tokenizer_source)
+    startup.lap("tokenizer")
     runner = load_runner(
         checkpoint,
         dtype=config.model.dtype,
@@ -123,7 +152,9 @@ def build_parts(role: str, config: ZoneserveConfig, pool: PoolSection, model_pat
         backend=config.engine.backend,
         device=pool.device,
         num_threads=pool.num_threads,
+        cache_dir=read_settings().cache,
     )
+    startup.lap("model")
     master_key = read_master_key(config.trust.master_key_file)
     engine = Engine(
         config=scheduler_config(config),
@@ -133,9 +164,27 @@ def build_parts(role: str, config: ZoneserveConfig, pool: PoolSection, model_pat
         num_blocks=pool.num_blocks,
         case_idle_ttl_s=config.engine.case_idle_ttl_s,
     )
+    startup.lap("digests")
     connector = NixlConnector(role, kv_pool(runner), compatibility=compatibility(config, runner, tokenizer))
-    logger.info("%s ready in %.1f s", role, time.monotonic() - started)
-    return ReplicaParts(engine, runner, tokenizer, connector, derive_key(master_key, b"kv-transfer"))
+    startup.lap("transfer")
+    transfer_key = derive_key(master_key, b"kv-transfer")
+    return ReplicaParts(engine, runner, tokenizer, connector, transfer_key, cores=cores, startup=startup)
+
+
+def _pin(role: str, pool: PoolSection) -> tuple[int, ...]:
+    """Before the engine's, OpenMP's and NIXL's threads exist, which then start on the same cores."""
+    if not pool.cpus:
+        return ()
+    if not can_pin(pool.cpus):
+        available = len(usable_cpus())
+        logger.warning("%s is not pinned: cpus %s, of %d that it may use", role, list(pool.cpus), available)
+        return ()
+    return pin_process(pool.cpus)
+
+
+def short_reason(reason: str) -> str:
+    """A fallback's reason without what a compiler or a loader said, which may name files; the log has it whole."""
+    return reason.partition(":")[0].partition(" (")[0]
 
 
 def scheduler_config(config: ZoneserveConfig) -> SchedulerConfig:
@@ -153,7 +202,7 @@ def compatibility(config: ZoneserveConfig, runner: ModelRunner, tokenizer: Token
     return {
         "weights_digest": runner.weights_digest,
         "tokenizer_digest": tokenizer.digest,
-        "backend": config.engine.backend,
+        "arithmetic": runner.arithmetic,  # KV of two arithmetics would not be one request's
         "transfer_mode": config.transfer.mode,
     }
 

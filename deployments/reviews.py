@@ -9,7 +9,7 @@ import datetime as dt
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, Self
 
@@ -93,19 +93,17 @@ class ReviewService:
         metrics: IngressMetrics,
         weights_digest: str,
         pseudonym_key: bytes,
+        arithmetic: Callable[[], Awaitable[str]],
     ) -> None:
+        """`arithmetic`: what the decode pool computes with now; a review's identity names it, and not what was asked
+        for, since a replica that fell back answers with other bits."""
         self._config = config
         self._metrics = metrics
+        self._weights_digest = weights_digest
         self._pseudonym_key = pseudonym_key
-        self._reviewer = ClaimReviewer(
-            ServedReviewModel(generation, tokenizer),
-            identity=ModelIdentity(
-                config.model.served_name, f"{weights_digest[:16]}-{config.model.dtype}-{config.engine.backend}"
-            ),
-            clock=lambda: dt.datetime.now(dt.UTC),
-            max_tokens=config.claims.max_tokens,
-            deadline_s=config.routing.request_timeout_s,
-        )
+        self._arithmetic = arithmetic
+        self._model = ServedReviewModel(generation, tokenizer)
+        self._reviewers: dict[str, ClaimReviewer] = {}
         self._seats = asyncio.Semaphore(config.claims.max_concurrent_reviews)
 
     def parse(self, document: dict[str, Any]) -> ReviewRequest:
@@ -133,12 +131,13 @@ class ReviewService:
             raise BodyTooLarge(
                 f"{len(claims)} claims in one call; at most {self._config.claims.max_claims_per_call}", param="files"
             )
+        reviewer = self._reviewer(await self._arithmetic())
         yield {"type": "accepted", "num_claims": len(claims), "num_files": len(results)}
         for disposition in (item for result in results for item in result.dispositions):
             self._metrics.dispositions.labels(disposition.reason.value).inc()
             yield {"type": "disposition", "disposition": _plain(disposition)}
         plan = request.plan or self._config.claims.plan
-        async with aclosing(self._reviews(claims, principal, plan)) as reviews:
+        async with aclosing(self._reviews(reviewer, claims, principal, plan)) as reviews:
             async for result in reviews:
                 self._metrics.reviews.labels(result.review["recommended_action"]).inc()
                 yield {
@@ -164,16 +163,28 @@ class ReviewService:
         intake = ClaimIntake(Pseudonymiser(self._pseudonym_key, tenant))
         return [intake.read_bytes(data[: MAX_FILE_BYTES + 1], name=name) for name, data in inputs]
 
+    def _reviewer(self, arithmetic: str) -> ClaimReviewer:
+        """One for each arithmetic, of which a deployment has one, or two where some of its nodes fell back."""
+        reviewer = self._reviewers.get(arithmetic)
+        if reviewer is None:
+            config = self._config
+            reviewer = self._reviewers[arithmetic] = ClaimReviewer(
+                self._model,
+                identity=ModelIdentity(config.model.served_name, f"{self._weights_digest[:16]}-{arithmetic}"),
+                clock=lambda: dt.datetime.now(dt.UTC),
+                max_tokens=config.claims.max_tokens,
+                deadline_s=config.routing.request_timeout_s,
+            )
+        return reviewer
+
     async def _reviews(
-        self, claims: list[Claim], principal: Principal, plan: str
+        self, reviewer: ClaimReviewer, claims: list[Claim], principal: Principal, plan: str
     ) -> AsyncGenerator[ReviewResult, None]:
         stems = _file_stems(claims)
 
         async def one(claim: Claim, history: tuple[Claim, ...], stem: str) -> ReviewResult:
             async with self._seats:
-                return await self._reviewer.review(
-                    claim, tenant=principal.tenant, plan=plan, history=history, file_stem=stem
-                )
+                return await reviewer.review(claim, tenant=principal.tenant, plan=plan, history=history, file_stem=stem)
 
         tasks = [
             asyncio.create_task(one(claim, history, stem))

@@ -12,9 +12,11 @@ from pathlib import Path
 class Settings:
     """What the environment says, read once.
 
-    `model_cache`: ZONESERVE_MODEL_CACHE, else the XDG cache; `crd_dir`: ZONESERVE_CRD_DIR.
+    `cache`: ZONESERVE_CACHE, else `zoneserve` in the XDG cache: compiled kernels and packed weights.
+    `model_cache`: ZONESERVE_MODEL_CACHE, else `models` in it. `crd_dir`: ZONESERVE_CRD_DIR.
     """
 
+    cache: Path
     model_cache: Path
     crd_dir: Path | None
 
@@ -22,9 +24,11 @@ class Settings:
 def read_settings() -> Settings:
     environment = os.environ
     cache_home = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(environment.get("ZONESERVE_CACHE") or cache_home / "zoneserve")
     crd_dir = environment.get("ZONESERVE_CRD_DIR")
     return Settings(
-        model_cache=Path(environment.get("ZONESERVE_MODEL_CACHE") or cache_home / "zoneserve" / "models"),
+        cache=cache,
+        model_cache=Path(environment.get("ZONESERVE_MODEL_CACHE") or cache / "models"),
         crd_dir=Path(crd_dir) if crd_dir else None,
     )
 

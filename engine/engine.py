@@ -134,7 +134,7 @@ class Engine:
             self._pool, hasher, runner.layout.block_size, clock=clock, case_idle_ttl_s=case_idle_ttl_s
         )
         self._scheduler = Scheduler(config, self._cache)
-        self._sampler = Sampler(tokenizer)
+        self._sampler = Sampler(tokenizer, runner.row_chooser)
         self._detokenizers: dict[str, Detokenizer] = {}
         self._num_steps = 0
         self._num_generated = 0
@@ -153,8 +153,10 @@ class Engine:
         outputs: list[RequestOutput] = []
         chunks = self._scheduler.schedule()
         if chunks:
+            sampling = [self._live(chunk.request_id) for chunk in chunks if chunk.samples]
+            self._sampler.prepare(sampling)  # works while the model does
             logits = self._runner.execute(chunks)
-            sampled = self._sample(chunks, logits)
+            sampled = self._sample(sampling, logits)
             outputs = self._update(chunks, sampled)
         outgrown = self._scheduler.take_outgrown()
         return outputs + [self._end(request, FinishReason.LENGTH) for request in outgrown]
@@ -320,6 +322,10 @@ class Engine:
         """Do now what the first request with a JSON schema would wait for."""
         self._sampler.warm_up()
 
+    def close(self) -> None:
+        """End the engine's own thread. Idempotent; it may be used on."""
+        self._sampler.close()
+
     def stats(self) -> EngineStats:
         scheduler, pool, cache = self._scheduler, self._pool, self._cache
         return EngineStats(
@@ -354,9 +360,8 @@ class Engine:
         if set(self._detokenizers) != self._scheduler.unfinished_ids():
             raise IntegrityError("the engine keeps text of requests that are not live, or lacks it")
 
-    def _sample(self, chunks: Sequence[ScheduledChunk], logits: torch.Tensor) -> _Sampled:
+    def _sample(self, requests: Sequence[Request], logits: torch.Tensor) -> _Sampled:
         """The next token of each request whose known tokens are now computed."""
-        requests = [self._live(chunk.request_id) for chunk in chunks if chunk.samples]
         sampled = self._sampler.sample(logits, requests)
         return {request.request_id: item for request, item in zip(requests, sampled, strict=True)}
 

@@ -6,6 +6,7 @@ EngineError
 │   └── GrammarError      a JSON schema that cannot be compiled
 ├── QueueFullError        the waiting queue is at its limit; the same request may succeed later
 ├── RequestStateError     a call that the request's present state does not allow
+├── NativeUnavailable     the native backend cannot run this model here; the torch backend can
 └── IntegrityError        an internal invariant does not hold; the engine must not go on
 """
 
@@ -36,3 +37,7 @@ class RequestStateError(EngineError):
 
 class IntegrityError(EngineError):
     """An invariant of the cache or the scheduler is broken. Fail closed."""
+
+
+class NativeUnavailable(EngineError):
+    """The native backend cannot run this model on this machine. The message is the reason, half a sentence."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -91,12 +93,12 @@ class GrammarCompiler:
 
 
 class Grammar:
-    """One request's place in its grammar. Dead after the first `GrammarError`."""
+    """One request's place in its grammar. Dead after the first `GrammarError`. One thread at a time."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
-        self._vocab_size = vocab_size
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
+        self.has_mask = False  # what `mask` returns is already computed
 
     @property
     def is_accepting(self) -> bool:
@@ -108,22 +110,28 @@ class Grammar:
         """True where only an end-of-sequence token may follow."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
-    def allowed_token_ids(self) -> NDArray[np.intp]:
-        """Ids that may come next, ascending. An end-of-sequence token is among them where the text is complete.
+    def compute_mask(self) -> None:
+        """Do now what `mask` would have to. A failure is told there."""
+        if not self.has_mask and not self._matcher.is_error():
+            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+            self.has_mask = True
+
+    def mask(self) -> NDArray[np.int32]:
+        """Which ids may come next: bit i, from the least significant of the first word, stands for id i.
+
+        An end-of-sequence token is among them where the text is complete. The array is valid until `consume`.
 
         Raises:
-            GrammarError: A limit is exceeded, or nothing may follow.
+            GrammarError: An earlier token does not fit, a limit is exceeded, or nothing may follow.
         """
-        if self._matcher.is_error():
+        if not self.has_mask and self._matcher.is_error():
             raise GrammarError("an earlier token does not fit the JSON schema")
-        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self.compute_mask()
         if self._matcher.is_error():
             raise GrammarError(f"the JSON schema constraint failed: {_first_line(self._matcher.get_error())}")
-        bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=self._vocab_size)
-        allowed = np.flatnonzero(bits)
-        if allowed.size == 0:
+        if not self._bits.any():
             raise GrammarError("no token fits the JSON schema here")
-        return allowed
+        return self._bits
 
     def consume(self, token_id: int) -> None:
         """Move on by one token. End tokens may be repeated.
@@ -131,9 +139,50 @@ class Grammar:
         Raises:
             GrammarError: The token is not allowed here, or a limit is exceeded.
         """
+        self.has_mask = False
         if not self._matcher.consume_token(token_id):
             # llguidance's own message quotes the token, which may be a patient's name.
             raise GrammarError(f"token {token_id} does not fit the JSON schema")
+
+
+class MaskWorker:
+    """One thread that computes masks while its owner waits for something else.
+
+    From `start` to the end of the next `wait` the grammars are the worker's; nobody else may touch them. One batch
+    at a time. The thread starts with the first batch and ends with `close` or with the last reference.
+    """
+
+    def __init__(self) -> None:
+        self._executor: ThreadPoolExecutor | None = None
+        self._running: Future[None] | None = None
+        self._is_closed = False
+
+    def start(self, grammars: Sequence[Grammar]) -> None:
+        """Compute the masks that are not ready. Waits for the batch before."""
+        self.wait()
+        missing = [grammar for grammar in grammars if not grammar.has_mask]
+        if not missing or self._is_closed:
+            return
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
+        self._running = self._executor.submit(_compute_masks, missing)
+
+    def wait(self) -> None:
+        """Return when no batch is being computed."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Finish the batch and end the thread. Idempotent; nothing is computed here from then on."""
+        self._is_closed = True
+        if self._executor is not None:
+            self._executor.shutdown()
+
+
+def _compute_masks(grammars: Sequence[Grammar]) -> None:
+    for grammar in grammars:
+        grammar.compute_mask()
 
 
 def _first_line(message: str) -> str:

@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import asdict, dataclass
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SLAB_ORDERS = ("rows", "pairs")
+PAIRED_SLOTS = 16
 LAYOUT_VERSION = 1
 
 
@@ -22,6 +24,7 @@ class KVCacheLayout:
     head_dim: int
     block_size: int
     dtype: str
+    slab_order: str = "rows"
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
@@ -29,6 +32,10 @@ class KVCacheLayout:
         for field in ("num_layers", "num_kv_heads", "head_dim", "block_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1")
+        if self.slab_order not in SLAB_ORDERS:
+            raise ValueError(f"slab order {self.slab_order!r} is not one of {', '.join(SLAB_ORDERS)}")
+        if self.slab_order == "pairs" and (self.block_size % PAIRED_SLOTS or self.head_dim % 2):
+            raise ValueError(f"slab order 'pairs' needs an even head_dim and a multiple of {PAIRED_SLOTS} slots")
 
     def shape(self, num_blocks: int) -> tuple[int, int, int, int, int, int]:
         return (num_blocks, self.num_kv_heads, self.num_layers, 2, self.block_size, self.head_dim)

@@ -41,6 +41,7 @@ class Server:
 
     url: str
     key_file: Path
+    pid: int = 0
 
     @property
     def headers(self) -> dict[str, str]:
@@ -59,7 +60,7 @@ def local_server(directory: Path, *, config: Path = LOCAL_CONFIG) -> Iterator[Se
         ServerError: Not healthy within `START_TIMEOUT_S`, or the process ended.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     prepared, key_file = _prepare(directory, config, port)
     log_file = directory / "serve.log"
     command = [str(Path(sys.executable).with_name("zoneserve")), "serve", "--config", str(prepared)]
@@ -69,11 +70,11 @@ def local_server(directory: Path, *, config: Path = LOCAL_CONFIG) -> Iterator[Se
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
         try:
-            server = Server(f"http://127.0.0.1:{port}", key_file)
+            server = Server(f"http://127.0.0.1:{port}", key_file, process.pid)
             _wait_until_healthy(server, process, log_file)
             yield server
         finally:
-            _stop(process)
+            stop(process)
 
 
 def _prepare(directory: Path, config: Path, port: int) -> tuple[Path, Path]:
@@ -104,7 +105,7 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text + "\n")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -115,20 +116,20 @@ def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes], log_fi
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ServerError(f"the server ended with status {process.returncode}:\n{_tail(log_file)}")
+            raise ServerError(f"the server ended with status {process.returncode}:\n{tail(log_file)}")
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{server.url}/health", timeout=10.0).status_code == httpx.codes.OK:
                 return
         time.sleep(POLL_S)
-    raise ServerError(f"the server was not healthy within {START_TIMEOUT_S:.0f} s:\n{_tail(log_file)}")
+    raise ServerError(f"the server was not healthy within {START_TIMEOUT_S:.0f} s:\n{tail(log_file)}")
 
 
-def _tail(log_file: Path) -> str:
+def tail(log_file: Path) -> str:
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join(lines[-LOG_TAIL_LINES:]) or "(its log is empty)"
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """Ask the process to stop; after the limit, end the group that was started with it."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)

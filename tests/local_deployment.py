@@ -1,4 +1,5 @@
-"""A local deployment for tests: float32, so that its tokens can be held against the oracle."""
+"""A local deployment for tests: float32, so that its tokens can be held against the oracle. The native backend, which
+the shipped configuration asks for, gives way to torch then."""
 
 from __future__ import annotations
 

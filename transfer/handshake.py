@@ -115,11 +115,11 @@ def _decode(record: list[object]) -> Handshake:
     if memory not in ("DRAM", "VRAM"):
         raise wire.MalformedMessage("not a kind of memory")
     values = dict(zip(_LAYOUT_FIELDS, layout, strict=True))
-    dtype = wire.as_str(values.pop("dtype"))
+    dtype, slab_order = (wire.as_str(values.pop(field)) for field in ("dtype", "slab_order"))
     shape = {key: wire.as_int(value, 1, 2**20) for key, value in values.items()}
     return Handshake(
         name=name,
-        layout=KVCacheLayout(dtype=dtype, **shape),
+        layout=KVCacheLayout(dtype=dtype, slab_order=slab_order, **shape),
         num_blocks=wire.as_int(num_blocks, 1, 2**31 - 1),
         address=wire.as_int(address, 0, 2**64 - 1),
         memory=wire.as_str(memory),

@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import ctypes
 import logging
+import logging.config
 import os
 import queue
 import threading
@@ -278,6 +279,19 @@ class _Counts:
     peers_lost: int = 0
 
 
+def _import_bindings() -> Any:
+    """`nixl._bindings`. When first imported, nixl configures logging, and that closes every handler of the process:
+    Ray Serve's would drop each later line without a word. So it finds nothing to configure with."""
+    configure, raises = logging.config.dictConfig, logging.raiseExceptions
+    logging.config.dictConfig = lambda config: None
+    try:
+        import nixl._bindings as bindings
+    finally:
+        logging.config.dictConfig = configure
+        logging.raiseExceptions = raises
+    return bindings
+
+
 class _Agent:
     """The calls of NIXL that we use, by its bindings: its own wrapper fixes the progress thread to a busy loop,
     and releases handles when they are garbage-collected, whatever their state. Handles here are plain integers.
@@ -286,8 +300,7 @@ class _Agent:
     def __init__(self, name: str) -> None:
         for key, value in _TRANSPORT_SETTINGS.items():
             os.environ.setdefault(key, value)
-        import nixl._bindings as bindings
-
+        bindings = _import_bindings()
         logging.getLogger("nixl").setLevel(logging.ERROR)  # where somebody had imported it before us
         self._bindings: Any = bindings
         self._kinds = {"DRAM": bindings.DRAM_SEG, "VRAM": bindings.VRAM_SEG}

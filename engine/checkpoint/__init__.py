@@ -39,6 +39,10 @@ class Checkpoint:
         """SHA-256 (hex) over the files' names, sizes and bytes."""
         return _digest(self.files)
 
+    def quantised(self, name: str) -> gguf.QuantisedRows | None:
+        """A matrix in the blocks that the file stores it in; None where it is stored as plain numbers."""
+        return self.tensors.quantised(name) if isinstance(self.tensors, gguf.GGUFTensors) else None
+
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Open a `.gguf` file or a model directory.

@@ -28,7 +28,8 @@ MAX_DIMENSIONS = 4
 MAX_KEY_BYTES = 65_535
 MAX_ARRAY_DEPTH = 4
 DEFAULT_ALIGNMENT = 32
-QUANT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+QUANT_TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -65,6 +66,14 @@ class TensorInfo:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class QuantisedRows:
+    """A matrix as the file stores it: `data` is uint8 (rows, bytes of a row), whole blocks of `quant_type`."""
+
+    quant_type: str
+    data: np.ndarray
+
+
 class GGUFFile:
     """An open GGUF file. Tensors are dequantised when asked for; nothing is cached."""
 
@@ -94,10 +103,14 @@ class GGUFFile:
                 f"{self.path}: tensor {name!r} is of type {info.quant_type.name}, "
                 f"which is not one of {', '.join(QUANT_TYPES)}"
             )
-        row_bytes = info.num_bytes // math.prod(info.shape[:-1])
-        raw = np.frombuffer(self._data, np.uint8, info.num_bytes, info.offset)
-        values = dequantize(raw.reshape(*info.shape[:-1], row_bytes), info.quant_type)
+        values = dequantize(self.raw(info), info.quant_type)
         return torch.from_numpy(np.require(values, np.float32, ["W", "C"]).reshape(info.shape))
+
+    def raw(self, info: TensorInfo) -> np.ndarray:
+        """The tensor's bytes in the mapped file, read-only uint8, (.., bytes of a row)."""
+        row_bytes = info.num_bytes // math.prod(info.shape[:-1])
+        data = np.frombuffer(self._data, np.uint8, info.num_bytes, info.offset)
+        return data.reshape(*info.shape[:-1], row_bytes)
 
     def _tensor_table(self, reader: _Reader, num_tensors: int) -> dict[str, TensorInfo]:
         rows = [reader.tensor_row() for _ in range(num_tensors)]
@@ -133,16 +146,30 @@ class GGUFTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._file.load(self._names[name])
-        if self._config.architecture != "llama":
-            return tensor
-        if ".q_proj." in name:
-            return _half_split_rows(tensor, self._config.num_heads)
-        if ".k_proj." in name:
-            return _half_split_rows(tensor, self._config.num_kv_heads)
-        return tensor
+        order = self._row_order(name)
+        return tensor if order is None else tensor[torch.from_numpy(order)]
+
+    def quantised(self, name: str) -> QuantisedRows | None:
+        """A matrix in the file's own blocks, rows in the order of `self[name]`; None where it is not quantised."""
+        info = self._file.tensors[self._names[name]]
+        if len(info.shape) != 2 or info.quant_type.name not in BLOCK_TYPES:
+            return None
+        data = self._file.raw(info)
+        order = self._row_order(name)
+        return QuantisedRows(info.quant_type.name, data if order is None else data[order])
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.tensors[self._names[name]].shape
+
+    def _row_order(self, name: str) -> np.ndarray | None:
+        """The file's row for each row of the model; None where they are the same."""
+        if self._config.architecture != "llama":
+            return None
+        if ".q_proj." in name:
+            return _half_split_order(self.shape(name)[0], self._config.num_heads)
+        if ".k_proj." in name:
+            return _half_split_order(self.shape(name)[0], self._config.num_kv_heads)
+        return None
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -360,7 +387,6 @@ def _canonical_name(name: str) -> str | None:
     return None
 
 
-def _half_split_rows(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Undo the interleaving of each head's rows: (.., pair, 2) -> (.., 2, pair)."""
-    rows = tensor.reshape(num_heads, tensor.shape[0] // num_heads // 2, 2, *tensor.shape[1:])
-    return rows.transpose(1, 2).reshape(tensor.shape).contiguous()
+def _half_split_order(num_rows: int, num_heads: int) -> np.ndarray:
+    """Undoes the interleaving of each head's rows: (.., pair, 2) -> (.., 2, pair)."""
+    return np.arange(num_rows).reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)

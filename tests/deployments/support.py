@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,28 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@contextmanager
+def lines_of(logger_name: str) -> Iterator[list[str]]:
+    """What a logger under `ray.serve` says, which Ray keeps from the root logger and so from caplog."""
+    lines: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    keeper, logger = Keeper(), logging.getLogger(logger_name)
+    disabled_up_to, level = logger.manager.disable, logger.level
+    logging.disable(logging.NOTSET)
+    logger.addHandler(keeper)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(keeper)
+        logging.disable(disabled_up_to)
 
 
 def local_document() -> dict[str, Any]:

@@ -34,6 +34,14 @@ def test_check_says_what_would_be_deployed(tmp_path: Path, smollm2_path: Path) -
         assert text in result.stdout
 
 
+@pytest.mark.model
+def test_check_takes_the_name_of_a_shipped_configuration(tmp_path: Path, smollm2_path: Path) -> None:
+    result = zoneserve("check", "local-monolithic", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "monolithic" in result.stdout
+    assert "prefill" not in result.stdout
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

@@ -10,7 +10,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from deployments.config import BUNDLED, MAX_CONFIG_BYTES, ConfigError, ZoneserveConfig, load_config, parse_config
+from deployments.config import (
+    BUNDLED,
+    MAX_CONFIG_BYTES,
+    ConfigError,
+    ZoneserveConfig,
+    find_config,
+    load_config,
+    parse_config,
+)
 from tests.deployments.support import local_config, local_document, write_yaml
 
 SECTIONS = ["model", "engine", "prefill", "decode", "transfer", "routing", "ingress", "trust", "claims"]
@@ -144,6 +152,11 @@ def test_value_out_of_range_is_refused_with_its_key(path: str, value: object) ->
         ("trust.keys_file", None),
         ("model.served_name", 7),
         ("decode.labels", {"role": 1}),
+        ("decode.cpus", [True]),
+        ("decode.cpus", ["0"]),
+        ("decode.cpus", [-1]),
+        ("decode.cpus", 0),
+        ("decode.cpus", "01"),
         ("engine", None),
         ("engine", []),
         ("prefill.num_cpus", float("nan")),
@@ -167,6 +180,49 @@ def test_pool_that_cannot_hold_one_longest_request_is_refused(pool: str) -> None
         parse_config(document)
     document[pool]["num_blocks"] = 512
     assert getattr(parse_config(document), pool).num_blocks == 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"cpus": [1, 1]}, "cpus names a core twice"),
+        ({"cpus": [1], "replicas": 2}, "cpus would put all 2 replicas on the same cores"),
+        ({"cpus": [1], "num_threads": 2}, "num_threads: 2 threads would share the 1 cores of cpus"),
+    ],
+)
+def test_cores_that_one_replica_would_not_have_to_itself_are_refused(changes: dict[str, object], fault: str) -> None:
+    document = local_document()
+    document["decode"] |= changes
+    with pytest.raises(ConfigError, match=f"decode: {fault}"):
+        parse_config(document)
+
+
+def test_pools_are_not_pinned_unless_the_file_says_so() -> None:
+    document = local_document()
+    for pool in ("prefill", "decode"):
+        del document[pool]["cpus"]
+    config = parse_config(document)
+    assert (config.prefill.cpus, config.decode.cpus) == ((), ())
+
+
+def test_shipped_configurations_are_found_by_name_unless_a_file_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config(Path("local-monolithic")) == BUNDLED / "local-monolithic.yaml"
+    for other in (Path("nowhere"), Path("local.yaml"), Path("sub/local"), tmp_path / "local"):
+        assert find_config(other) == other
+    (tmp_path / "local").touch()
+    assert find_config(Path("local")) == Path("local")
+
+
+def test_the_two_local_modes_have_the_same_engine_and_the_same_cores_and_blocks_in_all() -> None:
+    apart, one = (load_config(BUNDLED / f"{name}.yaml") for name in ("local", "local-monolithic"))
+    assert (apart.mode, one.mode) == ("disaggregated", "monolithic")
+    assert (apart.model, apart.engine, apart.claims) == (one.model, one.engine, one.claims)
+    assert apart.prefill.cpus + apart.decode.cpus == one.decode.cpus
+    assert apart.prefill.num_threads + apart.decode.num_threads == one.decode.num_threads
+    assert apart.prefill.num_blocks + apart.decode.num_blocks == one.decode.num_blocks
 
 
 def test_every_fault_is_named_at_once() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +18,16 @@ from engine.errors import CheckpointError
 from engine.kv_cache import KVCacheLayout
 from tests.deployments.support import local_config, local_document
 
-MODEL = SimpleNamespace(architecture="llama", num_layers=30, num_kv_heads=3, head_dim=64, max_position=8192)
+MODEL = SimpleNamespace(
+    architecture="llama", num_layers=30, num_kv_heads=3, head_dim=64, max_position=8192,
+    hidden_size=576, intermediate_size=1536, q_size=576,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def _model_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def _model_and_machine_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 7})
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(model_store, "resolve", lambda name, cache: Path("/models") / f"{name}.gguf")
     monkeypatch.setattr(module, "load_checkpoint", lambda path: SimpleNamespace(config=MODEL))
 
@@ -50,17 +57,17 @@ def test_facts_are_those_of_the_configuration() -> None:
 
 def test_memory_is_blocks_times_the_layouts_bytes() -> None:
     text = text_of(local_config())
-    layout = KVCacheLayout(30, 3, 64, 16, "bfloat16")
+    layout = KVCacheLayout(30, 3, 64, 16, "bfloat16", "pairs")
     assert layout.block_bytes == 360 * 1024
     assert row(text, "KV block") == ["KV block", "16 tokens, 360 KiB"]
     assert row(text, "KV layout") == ["KV layout", layout.fingerprint()[:16]]
-    assert row(text, "prefill") == ["prefill", "1", "1", "1024", "360 MiB", "16384"]
-    assert row(text, "decode") == ["decode", "1", "1", "2048", "720 MiB", "32768"]
-    assert row(text, "ingress") == ["ingress", "1", "1", "-", "-", "-"]
+    assert row(text, "prefill") == ["prefill", "1", "1", "0", "1024", "360 MiB", "16384"]
+    assert row(text, "decode") == ["decode", "1", "1", "1", "2048", "720 MiB", "32768"]
+    assert row(text, "ingress") == ["ingress", "1", "1", "-", "-", "-", "-"]
 
 
 def test_replicas_and_threads_are_shown_for_each_pool() -> None:
-    text = text_of(local_config(prefill={"replicas": 3, "num_threads": 8}, ingress={"replicas": 2}))
+    text = text_of(local_config(prefill={"replicas": 3, "num_threads": 8, "cpus": []}, ingress={"replicas": 2}))
     assert row(text, "prefill")[:3] == ["prefill", "3", "8"]
     assert row(text, "ingress")[:2] == ["ingress", "2"]
 
@@ -74,7 +81,25 @@ def test_monolithic_deployment_has_no_prefill_pool() -> None:
 
 def test_float32_takes_twice_the_memory() -> None:
     text = text_of(local_config(model={"dtype": "float32"}))
-    assert row(text, "decode")[4] == "1440 MiB"
+    assert row(text, "decode")[5] == "1440 MiB"
+
+
+def test_backend_that_this_machine_cannot_run_is_said_with_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert row(text_of(local_config()), "backend") == ["backend", "native"]
+    text = text_of(local_config(model={"dtype": "float32"}))
+    assert row(text, "backend")[1] == "torch, not native: its KV cache is bfloat16, not float32"
+    assert row(text, "KV layout")[1] == KVCacheLayout(30, 3, 64, 16, "float32").fingerprint()[:16]
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "torch, not native: no g++ on the PATH" in row(text_of(local_config()), "backend")[1]
+    assert row(text_of(local_config(engine={"backend": "torch"})), "backend")[1] == "torch"
+
+
+def test_cores_that_the_machine_lacks_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4})
+    text = text_of(local_config(prefill={"cpus": [0]}, decode={"cpus": [1]}))
+    assert row(text, "prefill")[3] == "0"
+    assert row(text, "decode")[3] == "any: this machine has no 1"
+    assert row(text_of(local_config(decode={"cpus": []})), "decode")[3] == "any"
 
 
 def test_model_that_cannot_be_served_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,4 +118,4 @@ def test_context_longer_than_the_models_is_refused() -> None:
 
 def test_what_is_described_is_what_the_bundled_file_says() -> None:
     document = local_document()
-    assert row(text_of(local_config()), "decode")[3] == str(document["decode"]["num_blocks"])
+    assert row(text_of(local_config()), "decode")[4] == str(document["decode"]["num_blocks"])

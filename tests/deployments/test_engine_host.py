@@ -29,6 +29,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.num_steps = 0
         self.num_expiries = 0
+        self.num_closes = 0
         self.is_stepping = False
         self.threads: set[str] = set()
         self.step_error: BaseException | None = None
@@ -59,6 +60,9 @@ class FakeEngine:
         self._note()
         self.num_expiries += 1
         return 0
+
+    def close(self) -> None:
+        self.num_closes += 1
 
     def check(self) -> None:
         self._note()
@@ -372,6 +376,7 @@ def test_stop_ends_streams_calls_and_thread() -> None:
                 await pair.host.call(lambda engine: 1)
             assert not pair.host.is_alive
             pair.host.stop()
+            assert pair.engine.num_closes == 1
 
     run(body)
 

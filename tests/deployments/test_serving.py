@@ -10,6 +10,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.affinity import can_pin
+from load_tests.exposition import Exposition
 from tests.conformance.greedy import NUM_OUTPUT_TOKENS
 from tests.local_deployment import Deployment
 
@@ -280,3 +282,18 @@ def test_every_refusal_is_counted_with_its_reason(deployment: Deployment) -> Non
 def test_models_are_listed(deployment: Deployment) -> None:
     models = httpx.get(f"{deployment.url}/v1/models", headers=deployment.headers(), timeout=20.0).json()
     assert [model["id"] for model in models["data"]] == [MODEL]
+
+
+def test_a_replica_says_outside_what_computes_and_that_it_is_not_what_was_configured(deployment: Deployment) -> None:
+    """The deployment asks for native in float32, which only torch computes."""
+    pools = httpx.get(f"{deployment.url}/health", timeout=20.0).json()["pools"]
+    reason = "its KV cache is bfloat16, not float32"
+    for (state,) in pools.values():
+        assert set(state) == {"replica", "alive", "arithmetic", "backend_fallback"}
+        assert (state["arithmetic"], state["backend_fallback"]) == ("torch-float32-cpu", reason)
+    exposed = Exposition.parse(httpx.get(f"{deployment.url}/metrics", timeout=20.0).text)
+    for role, pool in (("prefill", deployment.config.prefill), ("decode", deployment.config.decode)):
+        assert exposed.total("zoneserve_engine_info", role=role, arithmetic="torch-float32-cpu") == 1
+        assert exposed.total("zoneserve_backend_fallbacks_total", role=role, reason=reason) == 1
+        assert exposed.total("zoneserve_replica_start_seconds", role=role) > 0
+        assert exposed.total("zoneserve_pinned_cpus", role=role) == (len(pool.cpus) if can_pin(pool.cpus) else 0)

@@ -14,7 +14,7 @@ from deployments.settings import prepare_ray_environment, read_settings
 ROOT = Path(__file__).parents[2]
 # Sets the transport's variables before its library is imported.
 EXEMPT = {Path("deployments/settings.py"), Path("transfer/nixl_connector.py")}
-NAMES = ("ZONESERVE_MODEL_CACHE", "ZONESERVE_CRD_DIR", "XDG_CACHE_HOME")
+NAMES = ("ZONESERVE_CACHE", "ZONESERVE_MODEL_CACHE", "ZONESERVE_CRD_DIR", "XDG_CACHE_HOME")
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +31,20 @@ def test_models_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_cache_home_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert read_settings().cache == Path("/caches/zoneserve")
     assert read_settings().model_cache == Path("/caches/zoneserve/models")
+
+
+def test_one_variable_moves_everything_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    monkeypatch.setenv("ZONESERVE_CACHE", "/kept")
+    assert read_settings().cache == Path("/kept")
+    assert read_settings().model_cache == Path("/kept/models")
 
 
 def test_own_variables_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    monkeypatch.setenv("ZONESERVE_CACHE", "/kept")
     monkeypatch.setenv("ZONESERVE_MODEL_CACHE", "/models")
     monkeypatch.setenv("ZONESERVE_CRD_DIR", "/crds")
     assert read_settings().model_cache == Path("/models")
@@ -46,6 +55,7 @@ def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("HOME", "/home/somebody")
     for name in NAMES:
         monkeypatch.setenv(name, "")
+    assert read_settings().cache == Path("/home/somebody/.cache/zoneserve")
     assert read_settings().model_cache == Path("/home/somebody/.cache/zoneserve/models")
     assert read_settings().crd_dir is None
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from engine.engine import Engine
 from engine.errors import GrammarError, IntegrityError, QueueFullError, RequestError, RequestStateError
 from engine.request import FinishReason, Request, RequestStatus
-from engine.sampler import SampledToken
-from engine.scheduler import SchedulerConfig
+from engine.sampler import SampledToken, Sampler
+from engine.scheduler import ScheduledChunk, SchedulerConfig
 from engine.zone import EPHEMERAL, PUBLIC, Zone, ZoneSpan
 from tests.engine.toy_model import (
     CASE,
@@ -570,6 +572,50 @@ def test_a_prefill_only_request_that_is_being_computed_cannot_be_released() -> N
     engine.step()
     with pytest.raises(RequestStateError):
         engine.release("p")
+
+
+# -- sampling beside the forward pass
+
+
+class WaitingRunner(ToyRunner):
+    """Comes back from `execute` once every mask of the step is ready, and never if nobody computes it meanwhile."""
+
+    sampler: Sampler
+
+    def execute(self, chunks: Sequence[ScheduledChunk]) -> torch.Tensor:
+        logits = super().execute(chunks)
+        deadline = time.monotonic() + 10.0
+        while not all(state.grammar.has_mask for state in self.sampler._states.values() if state.grammar is not None):
+            assert time.monotonic() < deadline, "the mask is not computed beside the forward pass"
+            time.sleep(0.0001)
+        return logits
+
+
+def test_the_masks_of_a_step_are_computed_while_the_model_works() -> None:
+    engine = ToyEngine()
+    engine._runner = engine.runner = runner = WaitingRunner(64)
+    runner.sampler = engine._sampler
+    requests = [make_request(name, tokens_of(ord(name), 9), json_schema='{"enum": ["ab", "cd"]}') for name in "abc"]
+    engine.run(*requests, make_request("free", tokens_of(9, 9)), max_steps=50)
+    for request in requests:
+        assert json.loads(engine.text(request.request_id)[:4]) in ("ab", "cd")
+    num_tokens = sum(len(engine.tokens(request.request_id)) for request in requests)
+    assert (engine._sampler.num_masks_ahead, engine._sampler.num_masks_on_demand) == (num_tokens, 0)
+    engine.close()
+    engine.close()
+
+
+def test_a_step_that_fails_leaves_its_masks_to_the_next_one_or_to_an_abort() -> None:
+    engine = ToyEngine()
+    for name in "ab":
+        engine.add_request(make_request(name, tokens_of(ord(name), 9), json_schema='{"const": 7}', ignore_eos=False))
+    engine.runner.fault = RuntimeError("no memory")
+    with pytest.raises(RuntimeError):
+        engine.step()
+    engine.abort("a")
+    engine.run()
+    assert engine.text("b") == "7"
+    assert engine._sampler.num_masks_on_demand == 0
 
 
 # -- handoff: the side where the KV lands

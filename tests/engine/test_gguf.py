@@ -229,6 +229,26 @@ def test_qwen_rows_are_stored_as_they_are(family, tmp_path):
         assert torch.equal(tensors[name], weight), name
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_quantised_rows_are_the_files_blocks_in_the_order_of_the_model(family, tmp_path):
+    model = tiny_models.build(family, hidden_size=64, num_attention_heads=4)
+    checkpoint = load_checkpoint(tiny_models.write_gguf(model, tmp_path / "tiny.gguf", quant_type="Q8_0"))
+    for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"):
+        name = f"model.layers.1.{part}.weight"
+        rows = checkpoint.quantised(name)
+        assert rows.quant_type == "Q8_0"
+        assert rows.data.shape == (checkpoint.tensors[name].shape[0], 68)
+        values = gguf.quants.dequantize(rows.data, gguf.GGMLQuantizationType.Q8_0)
+        assert np.array_equal(values, checkpoint.tensors[name].numpy())
+    assert checkpoint.quantised("model.norm.weight") is None
+
+
+def test_plain_numbers_are_not_quantised_rows(llama, llama_file, tmp_path):
+    assert load_checkpoint(llama_file).quantised("lm_head.weight") is None
+    directory = load_checkpoint(tiny_models.save(llama, tmp_path / "directory"))
+    assert directory.quantised("lm_head.weight") is None
+
+
 # --- damaged files ----------------------------------------------------------------------------
 
 

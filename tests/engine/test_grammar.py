@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import threading
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from engine.errors import GrammarError
-from engine.grammar import MAX_SCHEMA_BYTES, Grammar, GrammarCompiler
+from engine.grammar import MAX_SCHEMA_BYTES, Grammar, GrammarCompiler, MaskWorker
 from engine.tokenizer import Tokenizer
 from tests.engine.tiny_tokenizer import tiny_tokenizer
 
@@ -46,11 +49,15 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer)
 
 
+def allowed_ids(grammar: Grammar) -> list[int]:
+    return np.flatnonzero(np.unpackbits(grammar.mask().view(np.uint8), bitorder="little")).tolist()  # type: ignore[no-any-return]
+
+
 def random_walk(grammar: Grammar, tokenizer: Tokenizer, rng: random.Random, limit: int) -> list[int]:
     """Tokens up to and without the end token."""
     output: list[int] = []
     while len(output) < limit:
-        token_id = int(rng.choice(grammar.allowed_token_ids()))
+        token_id = rng.choice(allowed_ids(grammar))
         grammar.consume(token_id)
         if token_id in tokenizer.eos_token_ids:
             return output
@@ -89,7 +96,7 @@ def test_only_end_tokens_may_follow_complete_text(tokenizer: Tokenizer, compiler
     assert grammar.is_terminated
     assert grammar.is_accepting
     for end in (2, 0, 2):  # with ignore_eos a request goes on past its end
-        assert grammar.allowed_token_ids().tolist() == [0, 2]
+        assert allowed_ids(grammar) == [0, 2]
         grammar.consume(end)
     with pytest.raises(GrammarError):
         grammar.consume(tokenizer.encode("x")[0])
@@ -98,7 +105,7 @@ def test_only_end_tokens_may_follow_complete_text(tokenizer: Tokenizer, compiler
 def test_an_end_token_is_allowed_where_the_text_may_end(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
     grammar = compiler.compile('{"type": "integer"}')
     grammar.consume(tokenizer.encode("7")[0])
-    allowed = set(grammar.allowed_token_ids().tolist())
+    allowed = set(allowed_ids(grammar))
     assert grammar.is_accepting
     assert not grammar.is_terminated
     assert tokenizer.eos_token_ids < allowed
@@ -112,7 +119,7 @@ def test_errors_do_not_quote_what_was_generated(tokenizer: Tokenizer, compiler: 
         grammar.consume(tokenizer.encode("\n")[0])
     assert "does not fit" in str(refusal.value)
     with pytest.raises(GrammarError) as failure:
-        grammar.allowed_token_ids()
+        grammar.mask()
     assert "mil" not in str(failure.value).lower()
     assert "\\n" not in str(failure.value), "the token that did not fit"
 
@@ -141,7 +148,7 @@ def test_a_schema_that_cannot_be_compiled_is_refused_with_the_reason(
 def test_a_schema_cannot_loosen_the_white_space(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
     grammar = compiler.compile('{"const": [1, 2], "x-guidance": {"whitespace_flexible": true}}')
     grammar.consume(tokenizer.encode("[")[0])
-    assert [tokenizer.decode([token]) for token in grammar.allowed_token_ids()] == ["1"]
+    assert [tokenizer.decode([token]) for token in allowed_ids(grammar)] == ["1"]
 
 
 def test_a_schema_that_costs_too_much_is_cut_off(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
@@ -161,7 +168,7 @@ def test_grammars_of_one_schema_are_compiled_once_and_independent(tokenizer: Tok
     first, second = compiler.compile(schema), compiler.compile(schema)
     assert len(compiler._compiled) == 1
     first.consume(tokenizer.encode("1")[0])
-    assert tokenizer.decode(second.allowed_token_ids().tolist()[:1])[0] == "1"
+    assert tokenizer.decode(allowed_ids(second)[:1])[0] == "1"
     assert not compiler.compile(schema).is_accepting
 
 
@@ -177,3 +184,108 @@ def test_a_schema_that_is_refused_is_not_kept(tokenizer: Tokenizer) -> None:
     with pytest.raises(GrammarError):
         compiler.compile("nope")
     assert not compiler._compiled
+
+
+# Masks ahead
+
+
+class Held(Grammar):
+    """The real grammar; `compute_mask` waits until it is told to go on."""
+
+    def __init__(self, grammar: Grammar, vocab_size: int) -> None:
+        super().__init__(grammar._matcher, vocab_size)
+        self.is_entered, self.may_go_on = threading.Event(), threading.Event()
+
+    def compute_mask(self) -> None:
+        self.is_entered.set()
+        assert self.may_go_on.wait(10.0)
+        super().compute_mask()
+
+
+def mask_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grammar-masks")]
+
+
+def test_a_mask_that_is_ready_is_not_computed_again(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    grammar = compiler.compile(json.dumps(REVIEW))
+    grammar.compute_mask()
+    expected = grammar.mask().copy()
+    grammar._bits[:] = -1  # what a second computation would overwrite
+    assert set(grammar.mask().tolist()) == {-1}
+    grammar.consume(tokenizer.encode('{"')[0])
+    assert not grammar.has_mask
+    assert grammar.mask().tolist() != expected.tolist()
+
+
+def test_a_worker_computes_what_the_caller_would(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    worker = MaskWorker()
+    ahead = [compiler.compile(json.dumps(schema)) for schema in SCHEMAS]
+    worker.start(ahead)
+    worker.wait()
+    assert all(grammar.has_mask for grammar in ahead)
+    for grammar, schema in zip(ahead, SCHEMAS, strict=True):
+        assert allowed_ids(grammar) == allowed_ids(compiler.compile(json.dumps(schema)))
+    worker.close()
+
+
+def test_a_failure_in_the_worker_is_told_by_its_own_grammar(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    worker = MaskWorker()
+    broken, sound = compiler.compile('{"const": 1}'), compiler.compile('{"const": 1}')
+    with pytest.raises(GrammarError):
+        broken.consume(tokenizer.encode("x")[0])
+    worker.start([broken, sound])
+    worker.wait()
+    with pytest.raises(GrammarError, match="an earlier token does not fit"):
+        broken.mask()
+    assert allowed_ids(sound) == [tokenizer.encode("1")[0]]
+    worker.close()
+
+
+def test_a_worker_runs_beside_its_caller_and_one_batch_at_a_time(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    worker = MaskWorker()
+    first = Held(compiler.compile('{"const": 1}'), tokenizer.vocab_size)
+    second = compiler.compile('{"const": 1}')
+    worker.start([first])
+    assert first.is_entered.wait(10.0)
+    assert not first.has_mask
+    timer = threading.Timer(0.05, first.may_go_on.set)
+    timer.start()
+    worker.start([second])  # waits for the first
+    assert first.has_mask
+    worker.wait()
+    assert second.has_mask
+    worker.close()
+    timer.join()
+
+
+def test_a_closed_worker_finishes_its_batch_ends_its_thread_and_leaves_masks_to_the_caller(
+    compiler: GrammarCompiler,
+) -> None:
+    before = set(mask_threads())
+    worker = MaskWorker()
+    worker.start([])
+    assert set(mask_threads()) == before, "no thread before there is work"
+    grammar, late = compiler.compile('{"const": 1}'), compiler.compile('{"const": 1}')
+    worker.start([grammar])
+    worker.close()
+    worker.close()
+    assert grammar.has_mask
+    assert set(mask_threads()) == before
+    worker.start([late])
+    worker.wait()
+    assert not late.has_mask
+    assert late.mask().any()
+
+
+def test_the_thread_ends_with_the_last_reference_to_its_worker(compiler: GrammarCompiler) -> None:
+    before = set(mask_threads())
+    worker = MaskWorker()
+    worker.start([compiler.compile('{"const": 1}')])
+    worker.wait()
+    (thread,) = set(mask_threads()) - before
+    del worker
+    gc.collect()
+    thread.join(10.0)
+    assert not thread.is_alive()

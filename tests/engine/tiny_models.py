@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from tests.engine.k_quants import QUANTIZERS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _CLASSES = {
@@ -42,8 +45,11 @@ _SMALL: dict[str, Any] = {
 }
 
 
-def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A float32 model with weights large enough that greedy tokens vary, biases and norms included."""
+def build(family: str, seed: int = 0, *, spread: float = 0.2, **overrides: Any) -> PreTrainedModel:
+    """A float32 model with weights large enough that greedy tokens vary, biases and norms included.
+
+    `spread`: standard deviation of matrices and biases.
+    """
     config_class, model_class = _CLASSES[family]
     fields = _SMALL | ({"head_dim": 16} if family == "qwen3" else {}) | overrides
     model = model_class(config_class(**fields)).eval()
@@ -51,7 +57,7 @@ def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else spread * noise)
     return model
 
 
@@ -115,12 +121,15 @@ def write_gguf(
     model: PreTrainedModel,
     path: Path,
     *,
-    quant_type: str = "F32",
+    quant_type: str | Callable[[str], str] = "F32",
     skip: Sequence[str] = (),
     extra_fields: Mapping[str, object] | None = None,
     extra_tensors: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """The model as a GGUF file: matrices in `quant_type` where their rows allow it, vectors in F32."""
+    """The model as a GGUF file: matrices in `quant_type` where their rows allow it, vectors in F32.
+
+    `quant_type`: a type's name, or what gives one for a tensor's GGUF name.
+    """
     config = model.config
     architecture = "llama" if config.model_type == "mistral" else config.model_type
     writer = gguf.GGUFWriter(path, architecture)
@@ -146,7 +155,7 @@ def write_gguf(
         part = name.split(".")[-2]
         if architecture == "llama" and part in heads:
             values = interleave_rows(values, heads[part])
-        _add_tensor(writer, target, values, quant_type)
+        _add_tensor(writer, target, values, quant_type if isinstance(quant_type, str) else quant_type(target))
     for name, values in (extra_tensors or {}).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
@@ -168,4 +177,5 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, quant_ty
     wanted = gguf.GGMLQuantizationType[quant_type]
     if values.ndim == 1 or values.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0]:
         wanted = gguf.GGMLQuantizationType.F32
-    writer.add_tensor(name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+    quantize = QUANTIZERS.get(wanted.name) or partial(gguf.quants.quantize, qtype=wanted)
+    writer.add_tensor(name, quantize(values), raw_dtype=wanted)

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from engine.block_hash import BlockHasher, HashContext
+from engine.draw import NumpyRowChooser, RowChooser
 from engine.engine import Engine, RequestOutput, Reservation
 from engine.kv_cache import KVCacheLayout
 from engine.request import Request, SamplingParams
@@ -91,6 +92,9 @@ class ToyRunner:
         self.num_blocks = num_blocks
         self.vocab_size = VOCAB_SIZE
         self.weights_digest = "toy"
+        self.arithmetic = "toy"
+        self.row_chooser: RowChooser = NumpyRowChooser()
+        self.fallback_reason: str | None = None
         self.kv_buffer = torch.zeros(num_blocks * self.layout.block_bytes, dtype=torch.uint8)
         self.executed: list[tuple[ScheduledChunk, ...]] = []
         self.scrubbed: list[int] = []

@@ -22,7 +22,7 @@ from deployments.decode import DecodeReplica
 from deployments.engine_host import EngineHost, HostObserver
 from deployments.messages import GenerateCall, Provenance
 from deployments.prefill import PrefillReplica
-from deployments.replica import EngineReplica, ReplicaParts, kv_pool, scheduler_config
+from deployments.replica import EngineReplica, ReplicaParts, compatibility, kv_pool, scheduler_config
 from engine.engine import Engine
 from engine.errors import IntegrityError
 from engine.request import SamplingParams
@@ -175,9 +175,16 @@ class Cluster:
     """One decode replica and some prefill replicas. Build it on the loop that runs it: `running_cluster`."""
 
     def __init__(
-        self, seed: int = 0, *, num_prefill: int = 1, config: ZoneserveConfig | None = None, has_threads: bool = False
+        self,
+        seed: int = 0,
+        *,
+        num_prefill: int = 1,
+        config: ZoneserveConfig | None = None,
+        has_threads: bool = False,
+        prefill_arithmetic: str = "toy",
     ) -> None:
         """`has_threads`: the engines run on threads of their own, in real time; a seed does not repeat such a run."""
+        self.prefill_arithmetic = prefill_arithmetic
         self.has_threads = has_threads
         self.random = random.Random(seed)
         self.config = config or sim_config()
@@ -195,7 +202,9 @@ class Cluster:
     # What runs.
 
     def add_prefill(self) -> ServedReplica:
-        parts = self._parts("prefill", ToyRunner(self.config.prefill.num_blocks))
+        runner = ToyRunner(self.config.prefill.num_blocks)
+        runner.arithmetic = self.prefill_arithmetic
+        parts = self._parts("prefill", runner)
         served = ServedReplica(parts.connector.name, PrefillReplica(self.config, "", parts))
         self.pool.replicas.append(served)
         return served
@@ -237,7 +246,8 @@ class Cluster:
             hasher=toy_hasher(),
             num_blocks=runner.num_blocks,
         )
-        connector = LocalConnector(role, kv_pool(runner), self.fabric)
+        facts = compatibility(self.config, runner, tokenizer)
+        connector = LocalConnector(role, kv_pool(runner), self.fabric, compatibility=facts)
         self.engines[connector.name] = engine
         return ReplicaParts(
             engine=engine,

@@ -9,6 +9,7 @@ import pytest
 
 from deployments.messages import FirstToken, PrefillCall, PrefillDone, PrefillEvent, PrefillRefused
 from engine.zone import PUBLIC, ZoneSpan
+from tests.deployments.support import lines_of
 from tests.engine.toy_model import BLOCK_SIZE, CASE, EOS, OTHER_CASE, PLAN, ToyModel, tokens_of
 from tests.sim.cluster import Answer, Cluster, fail_next_step, running_cluster, sim_config
 from tests.sim.serve_double import Response
@@ -70,6 +71,19 @@ def test_blocks_that_decode_holds_are_not_sent_again() -> None:
         assert_landed(other, prefill_computed=50)
 
     on_a_cluster(body)
+
+
+def test_kv_of_another_arithmetic_is_refused_by_name_and_computed_again() -> None:
+    async def body(cluster: Cluster) -> None:
+        answer = await cluster.answer(PROMPT)
+        assert answer.tokens == ToyModel.continuation(PROMPT, 6, ignore_eos=True)
+        assert_recomputed(cluster, answer, "incompatible")
+        assert cluster.prefill.replica.runner.executed == []  # type: ignore[attr-defined]
+
+    with lines_of("ray.serve.zoneserve.handoff") as lines:
+        on_a_cluster(body, prefill_arithmetic="another")
+    (line,) = lines
+    assert "the peer differs in arithmetic: ours 'toy', theirs 'another'" in line
 
 
 def test_requests_at_once_share_a_public_beginning_and_no_case() -> None:

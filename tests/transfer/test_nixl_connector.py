@@ -162,6 +162,27 @@ run(body)
     }
 
 
+def test_log_handlers_that_were_there_before_go_on_working() -> None:
+    """In a process of its own, which is the first to import nixl. Ray Serve's handler is of this kind."""
+    program = """
+import logging, sys
+from logging.handlers import MemoryHandler
+sys.modules["torch"] = None
+logger = logging.getLogger("ray.serve")
+logger.setLevel(logging.INFO)
+logger.addHandler(MemoryHandler(1, target=logging.StreamHandler(sys.stdout)))
+from tests.transfer.support import make_pool
+from transfer.nixl_connector import NixlConnector
+connector = NixlConnector("prefill", make_pool())
+logger.info("still heard")
+print(logging.raiseExceptions)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == ["still heard", "True"]
+
+
 def test_process_that_never_closes_its_connector_still_ends() -> None:
     program = """
 import sys

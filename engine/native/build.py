@@ -1,0 +1,223 @@
+"""Compiles the kernels for this CPU at first use, keeps the library, loads it.
+
+A library is kept under a hash of all that decides it: sources, flags, compiler, CPU. Its last 32 bytes are the
+SHA-256 of the others, since the loader may crash on a damaged one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import NativeUnavailable
+from engine.native.abi import ABI_VERSION, bind
+from engine.native.cache import file_lock, private_directory
+
+COMPILER = "g++"
+COMPILE_TIMEOUT_S = 300.0
+LOCK_TIMEOUT_S = 600.0
+VERSION_TIMEOUT_S = 30.0
+MAX_ERROR_CHARS = 300
+KERNELS_DIR = Path(__file__).parent / "kernels"
+
+_COMMON_FLAGS = (
+    "-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-mtune=native",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _InstructionSet:
+    """`needs`: flags of /proc/cpuinfo."""
+
+    needs: tuple[str, ...]
+    compiler_flags: tuple[str, ...]
+
+
+# From the best to the one that runs everywhere.
+INSTRUCTION_SETS = {
+    "avx512": _InstructionSet(
+        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "fma", "f16c", "avx2"),
+        (
+            "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16",
+            "-mfma", "-mf16c", "-mavx2", "-DZS_PATH_AVX512",
+        ),
+    ),
+    "avx2": _InstructionSet(("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c", "-DZS_PATH_AVX2")),
+    "portable": _InstructionSet((), ("-DZS_PATH_PORTABLE",)),
+}  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+def load_kernels(
+    cache_dir: Path, instruction_set: str | None = None, *, kernels_dir: Path = KERNELS_DIR
+) -> ctypes.CDLL:
+    """The library of kernels, from the cache or compiled now; of several processes one compiles.
+
+    Args:
+        cache_dir: Made when missing. Where it cannot be written, or others can write it, the library is
+            compiled for this process alone, with a line in the log.
+        instruction_set: One of `INSTRUCTION_SETS`; None is the best that this CPU has.
+        kernels_dir: Of `engine.cpp` and its headers.
+
+    Raises:
+        NativeUnavailable: No compiler, a compilation that fails, or a CPU without the instruction set.
+        ValueError: An unknown instruction set.
+    """
+    cpu = _read_cpu()
+    name = _choose(instruction_set, cpu)
+    compiler = shutil.which(COMPILER)
+    if compiler is None:
+        raise NativeUnavailable(f"no {COMPILER} on the PATH to compile its kernels")
+    flags = (*_COMMON_FLAGS, *INSTRUCTION_SETS[name].compiler_flags)
+    job = _Job(compiler, flags, kernels_dir, name)
+    path = cache_dir / f"{name}-{job.key(cpu.model_name)}.so"
+    try:
+        private_directory(cache_dir)
+        found = _load_cached(path, name)
+        if found is not None:
+            return found
+        with file_lock(path.with_suffix(".lock"), LOCK_TIMEOUT_S):
+            return _load_cached(path, name, is_locked=True) or job.compile_to(path)
+    except OSError as error:
+        logger.warning("the compiled kernels cannot be stored and are compiled for this process alone (%s)", error)
+    try:
+        return job.compile_to(None)
+    except OSError as error:
+        raise NativeUnavailable(f"its kernels cannot be compiled ({error})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One compilation."""
+
+    compiler: str
+    flags: tuple[str, ...]
+    kernels_dir: Path
+    instruction_set: str
+
+    def key(self, cpu_model: str) -> str:
+        parts = [text.encode() for text in (self._version(), cpu_model, *self.flags)]
+        for source in sorted((*self.kernels_dir.glob("*.h"), *self.kernels_dir.glob("*.cpp"))):
+            parts += [source.name.encode(), source.read_bytes()]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()[:32]
+
+    def compile_to(self, path: Path | None) -> ctypes.CDLL:
+        """Compile, load, and keep the library at `path`, or nowhere.
+
+        Raises:
+            NativeUnavailable: The compilation fails, or what it made does not load.
+            OSError: There is no room for it, or the compiler cannot be started.
+        """
+        with tempfile.TemporaryDirectory(dir=None if path is None else path.parent, prefix=".compile-") as scratch:
+            made = Path(scratch) / "kernels.so"
+            self._compile(made)
+            data = made.read_bytes()
+            with made.open("ab") as file:
+                file.write(hashlib.sha256(data).digest())
+            try:
+                library = _bind(made, self.instruction_set)
+            except _UnfitLibrary as error:
+                raise NativeUnavailable(f"the compiled kernels do not load: {error}") from None
+            if path is not None:
+                os.replace(made, path)
+        return library
+
+    def _compile(self, target: Path) -> None:
+        command = [self.compiler, *self.flags, "-o", str(target), str(self.kernels_dir / "engine.cpp")]
+        try:
+            result = _run(command, COMPILE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise NativeUnavailable(f"compiling its kernels took over {COMPILE_TIMEOUT_S:.0f} s") from None
+        if result.returncode:
+            raise NativeUnavailable(f"its kernels do not compile: {_first_error(result.stderr)}")
+
+    def _version(self) -> str:
+        try:
+            result = _run([self.compiler, "--version"], VERSION_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise NativeUnavailable(f"{self.compiler} does not run ({error})") from None
+        if result.returncode or not result.stdout:
+            raise NativeUnavailable(f"{self.compiler} does not run ({_first_error(result.stderr)})")
+        return result.stdout.splitlines()[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _CPU:
+    model_name: str
+    flags: frozenset[str]
+
+
+class _UnfitLibrary(Exception):
+    """A library that cannot be used. The message says why."""
+
+
+def _choose(instruction_set: str | None, cpu: _CPU) -> str:
+    if instruction_set is None:
+        return next(name for name, wanted in INSTRUCTION_SETS.items() if cpu.flags.issuperset(wanted.needs))
+    if instruction_set not in INSTRUCTION_SETS:
+        raise ValueError(f"instruction set {instruction_set!r} is not one of {', '.join(INSTRUCTION_SETS)}")
+    missing = set(INSTRUCTION_SETS[instruction_set].needs) - cpu.flags
+    if missing:
+        raise NativeUnavailable(f"this CPU has no {', '.join(sorted(missing))}, which {instruction_set} needs")
+    return instruction_set
+
+
+def _read_cpu() -> _CPU:
+    """Of the first processor in /proc/cpuinfo; a machine without one gets the portable path."""
+    fields: dict[str, str] = {}
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                key, _, value = line.partition(":")
+                fields.setdefault(key.strip(), value.strip())
+    except OSError:
+        return _CPU(platform.processor(), frozenset())
+    return _CPU(fields.get("model name", platform.processor()), frozenset(fields.get("flags", "").split()))
+
+
+def _load_cached(path: Path, instruction_set: str, *, is_locked: bool = False) -> ctypes.CDLL | None:
+    """None where there is no library, or an unfit one, of which whoever holds the lock writes a log line."""
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+            raise _UnfitLibrary("its checksum does not hold")
+        return _bind(path, instruction_set)
+    except FileNotFoundError:
+        return None
+    except (OSError, _UnfitLibrary) as error:
+        if is_locked:
+            logger.warning("%s is not usable and the kernels are compiled again (%s)", path, error)
+        return None
+
+
+def _bind(path: Path, instruction_set: str) -> ctypes.CDLL:
+    try:
+        library = bind(path)
+    except (OSError, AttributeError) as error:
+        raise _UnfitLibrary(str(error)) from None
+    found = (library.zs_abi_version(), library.zs_path().decode())
+    if found != (ABI_VERSION, instruction_set):
+        raise _UnfitLibrary(f"it is of ABI {found[0]} for {found[1]}, not {ABI_VERSION} for {instruction_set}")
+    return library
+
+
+def _run(command: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    in_english = ["env", "LC_ALL=C", *command]
+    return subprocess.run(in_english, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
+
+
+def _first_error(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.strip()] or ["the compiler gave no reason"]
+    return next((line for line in lines if "error" in line), lines[0])[:MAX_ERROR_CHARS]
