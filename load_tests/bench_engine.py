@@ -1,7 +1,8 @@
 """Speed of the bare model step: our runner against transformers on the same weights, interleaved.
 
 No scheduler, sampler or HTTP. Prints a table and, last, one line of JSON. Counts of torch operations
-come first (they are exact on any machine), tokens a second next (medians), ratios last.
+come first (they are exact on any machine), then tokens a second, medians with least and greatest, then their ratios.
+load_tests.peers compares the whole step, scheduler included, with every peer.
 
     python -m load_tests.bench_engine --threads 2
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +20,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.checkpoint import Checkpoint, load_checkpoint
-from engine.model_runner import ModelRunner, load_runner
+from engine.model_runner import BACKENDS, ModelRunner, load_runner
 from engine.model_store import resolve
 from engine.scheduler import ScheduledChunk
+from load_tests.figures import Spread, spread, turns
 
 CONTEXT_TOKENS = 512
 BATCH_SIZES = (1, 4, 16)
@@ -143,16 +144,16 @@ def count_operations(workload: Workload) -> int:
     return counter.count
 
 
-def interleave(contenders: dict[str, Workload], repeats: int) -> dict[str, float]:
-    """Median tokens a second of each, measured in turn `repeats` times after one warm-up."""
+def interleave(contenders: dict[str, Workload], repeats: int) -> dict[str, Spread]:
+    """Tokens a second of each, measured in turn `repeats` times after one warm-up."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
-        for name, workload in contenders.items():
-            started = time.perf_counter()
-            tokens = workload()
-            if repeat:
-                rates[name].append(tokens / (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in rates.items()}
+    for workload in contenders.values():
+        workload()
+    for _, name in turns(list(contenders), repeats):
+        started = time.perf_counter()
+        tokens = contenders[name]()
+        rates[name].append(tokens / (time.perf_counter() - started))
+    return {name: spread(values) for name, values in rates.items()}
 
 
 def measure(checkpoint: Checkpoint, *, dtype: str, backend: str, repeats: int) -> dict[str, Any]:
@@ -175,12 +176,14 @@ def measure(checkpoint: Checkpoint, *, dtype: str, backend: str, repeats: int) -
         steps = 1 if name.startswith("prefill") else DECODE_STEPS
         results[name] = {
             "operations_per_step": {who: count_operations(run) // steps for who, run in contenders.items()},
-            "tokens_per_s": {who: round(rate, 1) for who, rate in rates.items()},
-            "ratio": round(rates["ours"] / rates["transformers"], 2),
+            "tokens_per_s": {who: {key: round(value, 1) for key, value in rate.items()} for who, rate in rates.items()},
+            "ratio": round(rates["ours"]["median"] / rates["transformers"]["median"], 2),
         }
     return {
         "dtype": dtype,
         "backend": backend,
+        "arithmetic": ours.runner.arithmetic,
+        "backend_fallback": ours.runner.fallback_reason,
         "threads": torch.get_num_threads(),
         "context_tokens": CONTEXT_TOKENS,
         "repeats": repeats,
@@ -190,21 +193,25 @@ def measure(checkpoint: Checkpoint, *, dtype: str, backend: str, repeats: int) -
 
 
 def table(report: dict[str, Any]) -> str:
-    lines = [f"{'workload':<14}{'ops ours':>10}{'ops hf':>10}{'ours tok/s':>12}{'hf tok/s':>12}{'ratio':>8}"]
+    lines = [f"{'workload':<14}{'ops ours':>10}{'ops hf':>10}{'ours tok/s':>24}{'hf tok/s':>24}{'ratio':>8}"]
     for name, row in report["results"].items():
         operations, rates = row["operations_per_step"], row["tokens_per_s"]
         lines.append(
             f"{name:<14}{operations['ours']:>10}{operations['transformers']:>10}"
-            f"{rates['ours']:>12.1f}{rates['transformers']:>12.1f}{row['ratio']:>8.2f}"
+            f"{_cell(rates['ours']):>24}{_cell(rates['transformers']):>24}{row['ratio']:>8.2f}"
         )
     return "\n".join(lines)
+
+
+def _cell(rate: Spread) -> str:
+    return f"{rate['median']:.1f} ({rate['min']:.1f}-{rate['max']:.1f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="a named model or a path")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--backend", default="native", choices=BACKENDS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cache-dir", type=Path, default=None)

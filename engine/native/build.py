@@ -26,6 +26,7 @@ COMPILE_TIMEOUT_S = 300.0
 LOCK_TIMEOUT_S = 600.0
 VERSION_TIMEOUT_S = 30.0
 MAX_ERROR_CHARS = 300
+_NOT_STARTED = (126, 127)  # what env answers then
 KERNELS_DIR = Path(__file__).parent / "kernels"
 
 _COMMON_FLAGS = (
@@ -148,9 +149,9 @@ class _Job:
             result = _run([self.compiler, "--version"], VERSION_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
             raise NativeUnavailable(f"{self.compiler} does not run ({error})") from None
-        if result.returncode or not result.stdout:
+        if result.returncode in _NOT_STARTED:
             raise NativeUnavailable(f"{self.compiler} does not run ({_first_error(result.stderr)})")
-        return result.stdout.splitlines()[0]
+        return result.stdout.partition("\n")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,7 @@ def _bind(path: Path, instruction_set: str) -> ctypes.CDLL:
 
 
 def _run(command: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    in_english = ["env", "LC_ALL=C", *command]
+    in_english = ["/usr/bin/env", "LC_ALL=C", *command]
     return subprocess.run(in_english, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from engine.model_config import ModelConfig
 from engine.native import tiles
 from engine.native.abi import TILE_COLUMNS, TILES, Kind, Matrix
 from engine.native.cache import file_lock, private_directory
+from engine.native.mapping import forget_cached_pages, map_file
 
 MAGIC = b"ZSPACKED"
 FORMAT_VERSION = 1
@@ -91,7 +91,7 @@ class PackedWeights:
     `origin`: `cache` (found), `packed` (written now) or `memory` (could not be written).
     """
 
-    def __init__(self, data: mmap.mmap, entries: Mapping[str, _Entry], origin: str) -> None:
+    def __init__(self, data: memoryview, entries: Mapping[str, _Entry], origin: str) -> None:
         self.origin = origin
         self.entries = entries
         self._bytes = np.frombuffer(data, np.uint8)
@@ -198,6 +198,7 @@ def _pack_to(path: Path, checkpoint: Checkpoint) -> PackedWeights:
     try:
         with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w+b") as file:
             _write(file, checkpoint)
+            forget_cached_pages(file.fileno())
             packed = _map(file, checkpoint, "packed")
         os.replace(part, path)
     finally:
@@ -207,25 +208,24 @@ def _pack_to(path: Path, checkpoint: Checkpoint) -> PackedWeights:
 
 def _map(file: IO[bytes], checkpoint: Checkpoint, origin: str) -> PackedWeights:
     try:
-        data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    except ValueError:
-        raise _UnfitFile("it is empty") from None
+        data = map_file(file.fileno())
+    except ValueError as error:
+        raise _UnfitFile(str(error)) from None
     return PackedWeights(data, _read_table(data, checkpoint), origin)
 
 
-def _read_table(data: mmap.mmap, checkpoint: Checkpoint) -> dict[str, _Entry]:
+def _read_table(data: memoryview, checkpoint: Checkpoint) -> dict[str, _Entry]:
     if len(data) < _DATA_START:
         raise _UnfitFile(f"it has {len(data)} bytes")
     magic, version, table_offset = _HEADER.unpack_from(data)
     if magic != MAGIC or version != FORMAT_VERSION:
         raise _UnfitFile(f"it is {magic!r} of version {version}, not {MAGIC!r} of version {FORMAT_VERSION}")
-    with memoryview(data) as view:
-        digest = hashlib.sha256(view[_DATA_START:])
+    digest = hashlib.sha256(data[_DATA_START:])
     digest.update(data[: _HEADER.size])
     if digest.digest() != data[_HEADER.size : _DATA_START]:
         raise _UnfitFile("its checksum does not hold")
     try:
-        return _parse_table(data[table_offset:], table_offset, checkpoint)
+        return _parse_table(bytes(data[table_offset:]), table_offset, checkpoint)
     except (TypeError, ValueError) as error:
         raise _UnfitFile(f"its table is not one ({error})") from None
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,6 +22,7 @@ from engine.model_config import ModelConfig
 from engine.model_runner import StepLimits
 from engine.native import abi
 from engine.native.build import load_kernels
+from engine.native.mapping import zeroed_buffer
 from engine.native.packing import PackedWeights, gate_up_name, open_packed, unsupported_reason
 from engine.native.sampling import NativeRowChooser
 
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from engine.scheduler import ScheduledChunk
 
 MAX_ROWS = 1024
-HUGE_PAGE_BYTES = 1 << 21
 
 
 def load_native(
@@ -95,7 +93,7 @@ class NativeModelRunner:
         self.num_blocks = num_blocks
         self.vocab_size = config.vocab_size
         self.weights_digest = checkpoint.weights_digest
-        self.kv_buffer = _huge_page_buffer(num_blocks * self.layout.block_bytes)
+        self.kv_buffer = zeroed_buffer(num_blocks * self.layout.block_bytes)
         self.arithmetic = f"native-{library.zs_path().decode()}"
         self.fallback_reason: str | None = None
         self.row_chooser: RowChooser = NativeRowChooser(library)
@@ -255,16 +253,6 @@ class _Model:
             gate_up=matrix(gate_up_name(index)),
             down=matrix(f"{prefix}mlp.down_proj.weight"),
         )
-
-
-def _huge_page_buffer(num_bytes: int) -> torch.Tensor:
-    """Zeroed uint8 memory, aligned to huge pages and offered to them; a page is taken when first written."""
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    offset = -address % HUGE_PAGE_BYTES
-    with suppress(OSError):  # a kernel without transparent huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE, offset, num_bytes)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=offset)
 
 
 def _destroy(library: ctypes.CDLL, engine: int, model: _Model, kv_buffer: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.engine import Engine
 from engine.model_runner import ModelRunner
 from engine.request import Request, SamplingParams
-from engine.scheduler import SchedulerConfig
+from engine.scheduler import ScheduledChunk, SchedulerConfig
 from engine.tokenizer import Tokenizer
 from engine.zone import PUBLIC, ZoneSpan
 
@@ -140,6 +140,27 @@ class TransformersOracle:
             output.append(int(step.logits[0, -1].argmax()))
             token_ids, cache = torch.tensor([[output[-1]]]), step.past_key_values
         return tuple(output)
+
+    @torch.inference_mode()
+    def regrets(self, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
+        """By how much each token's logit is below the best one's, given the prompt and the tokens before it."""
+        token_ids = torch.tensor([[*prompt, *output[:-1]]])
+        logits = self._model(token_ids, use_cache=False, logits_to_keep=len(output)).logits[0]
+        chosen = logits.gather(1, torch.tensor(output).unsqueeze(1)).squeeze(1)
+        regrets: list[float] = (logits.amax(1) - chosen).tolist()
+        return regrets
+
+
+def greedy_alone(runner: ModelRunner, prompt: Sequence[int], count: int) -> tuple[int, ...]:
+    """A backend's own answer: the prompt in one chunk, nothing cached, nothing else in any step; no engine."""
+    layout = runner.layout
+    table = tuple(range(layout.num_blocks_for(len(prompt) + count)))
+    tokens, start = list(prompt), 0
+    while len(tokens) < len(prompt) + count:
+        row = runner.execute([ScheduledChunk("alone", start, tuple(tokens[start:]), table, True)])[0]
+        start = len(tokens)
+        tokens.append(int(row.argmax()))
+    return tuple(tokens[len(prompt) :])
 
 
 def make_engine(runner: ModelRunner, tokenizer: Tokenizer, *, num_blocks: int | None = None, **config: int) -> Engine:

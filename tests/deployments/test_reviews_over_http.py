@@ -161,6 +161,14 @@ def test_a_claim_as_json_is_reviewed(deployment: Deployment) -> None:
     assert (item["review"]["claim_id"], item["review"]["flags"]) == ("SYNTH-J1", [])
 
 
+def test_a_review_names_the_arithmetic_that_ran_and_not_the_one_configured(deployment: Deployment) -> None:
+    """The deployment asks for native in float32, which only torch computes."""
+    assert deployment.config.engine.backend == "native"
+    (item,) = post(deployment, {"claim": CLAIM}).json()["reviews"]
+    digest, _, arithmetic = item["review"]["model"]["revision"].partition("-")
+    assert (len(digest), arithmetic) == (16, "torch-float32-cpu")
+
+
 def test_a_claim_as_json_without_lines_is_refused(deployment: Deployment) -> None:
     refused = post(deployment, {"claim": CLAIM | {"lines": []}}).json()
     assert refused["reviews"] == []

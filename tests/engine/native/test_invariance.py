@@ -23,7 +23,7 @@ from tests.engine.native.support import KV_FILL, NativeModel, blocks_of, build_m
 
 BLOCK_SIZES = (1, 5, 16, 32, 48, 128)
 MAX_LENGTH = 300  # three tiles of keys
-NUM_OPERATIONS = 150
+NUM_OPERATIONS = 100
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96, "quant_type": "Q4_1"}),
@@ -189,11 +189,11 @@ def test_a_random_walk_gives_every_row_and_every_block_the_bits_they_have_alone(
     walk = Walk(models(name), instruction_set, block_size, seed=1000 * list(SHAPES).index(name) + block_size)
     walk.run()
     # The walk went where it was meant to go.
-    assert walk.counts["row"] > 40
+    assert walk.counts["row"] > 25
     assert min(walk.counts[kind] for kind in ("alone", "in company", "from the start", "with a past", "hit")) > 0
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_cut_of_a_sequence_in_any_company_gives_the_same_bits(models, instruction_set, data):
     model = models("llama")

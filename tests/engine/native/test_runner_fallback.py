@@ -12,7 +12,8 @@ from engine.checkpoint import load_checkpoint
 from engine.errors import IntegrityError
 from engine.model_runner import load_runner
 from engine.native import runner as native_runner
-from engine.native.runner import HUGE_PAGE_BYTES, MAX_ROWS
+from engine.native.mapping import HUGE_PAGE_BYTES
+from engine.native.runner import MAX_ROWS
 from engine.scheduler import ScheduledChunk
 from tests.engine import tiny_models
 
