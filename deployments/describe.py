@@ -13,7 +13,7 @@ from deployments.config import PoolSection, ZoneserveConfig, require_context
 from deployments.settings import read_settings
 from engine import model_store
 from engine.checkpoint import load_checkpoint
-from engine.kv_cache import PAIRED_SLOTS, KVCacheLayout
+from engine.kv_cache import KVCacheLayout, native_slab_order
 from engine.model_config import ModelConfig
 from engine.native.build import COMPILER
 from engine.native.packing import unsupported_reason
@@ -38,7 +38,7 @@ def describe(config: ZoneserveConfig, source: Path) -> RenderableType:
         model.head_dim,
         config.engine.block_size,
         config.model.dtype,
-        slab_order="pairs" if is_native and config.engine.block_size % PAIRED_SLOTS == 0 else "rows",
+        slab_order=native_slab_order(config.engine.block_size) if is_native else "rows",
     )
     facts = Table(show_header=False, title=f"{source}: valid")
     facts.add_column()

@@ -11,6 +11,11 @@ PAIRED_SLOTS = 16
 LAYOUT_VERSION = 1
 
 
+def native_slab_order(block_size: int) -> str:
+    """The order in which the native backend keeps blocks of that many slots (kernels/abi.h)."""
+    return "rows" if block_size % PAIRED_SLOTS else "pairs"
+
+
 @dataclass(frozen=True, slots=True)
 class KVCacheLayout:
     """Block-major KV cache: `(N blocks, G kv heads, L layers, 2 {k,v}, S slots, D head_dim)`, contiguous.

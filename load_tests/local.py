@@ -71,7 +71,7 @@ def local_server(directory: Path, *, config: Path = LOCAL_CONFIG) -> Iterator[Se
         )
         try:
             server = Server(f"http://127.0.0.1:{port}", key_file, process.pid)
-            _wait_until_healthy(server, process, log_file)
+            wait_until_ok(f"{server.url}/health", process, log_file, START_TIMEOUT_S)
             yield server
         finally:
             stop(process)
@@ -112,16 +112,21 @@ def free_port() -> int:
         return port
 
 
-def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes], log_file: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def wait_until_ok(url: str, process: subprocess.Popen[bytes], log_file: Path, timeout_s: float) -> None:
+    """Until a GET of `url` gives 200.
+
+    Raises:
+        ServerError: The process ended, or it took longer.
+    """
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise ServerError(f"the server ended with status {process.returncode}:\n{tail(log_file)}")
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{server.url}/health", timeout=10.0).status_code == httpx.codes.OK:
+            if httpx.get(url, timeout=10.0).status_code == httpx.codes.OK:
                 return
         time.sleep(POLL_S)
-    raise ServerError(f"the server was not healthy within {START_TIMEOUT_S:.0f} s:\n{tail(log_file)}")
+    raise ServerError(f"the server did not answer within {timeout_s:.0f} s:\n{tail(log_file)}")
 
 
 def tail(log_file: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 TILE_ROWS = 32
 TILE_COLUMNS = 32
 HALF_ROWS = 16
@@ -111,7 +111,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "zs_tile_bytes": (ctypes.c_int64, (ctypes.c_int32,)),
     "zs_create": (
         ctypes.c_void_p,
-        (ctypes.POINTER(Model), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32),
+        (ctypes.POINTER(Model), ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
     ),
     "zs_destroy": (None, (ctypes.c_void_p,)),
     "zs_step": (None, (ctypes.c_void_p, ctypes.POINTER(Step))),

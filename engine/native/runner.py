@@ -17,7 +17,7 @@ from engine.attention import inverse_frequencies
 from engine.checkpoint import Checkpoint
 from engine.draw import RowChooser
 from engine.errors import NativeUnavailable
-from engine.kv_cache import PAIRED_SLOTS, KVCacheLayout
+from engine.kv_cache import KVCacheLayout, native_slab_order
 from engine.model_config import ModelConfig
 from engine.model_runner import StepLimits
 from engine.native import abi
@@ -88,7 +88,7 @@ class NativeModelRunner:
             head_dim=config.head_dim,
             block_size=block_size,
             dtype="bfloat16",
-            slab_order="rows" if block_size % PAIRED_SLOTS else "pairs",
+            slab_order=native_slab_order(block_size),
         )
         self.num_blocks = num_blocks
         self.vocab_size = config.vocab_size
@@ -102,7 +102,7 @@ class NativeModelRunner:
         model = _Model(config, packed, block_size)
         threads = num_threads or torch.get_num_threads()
         self._engine: int | None = library.zs_create(
-            ctypes.byref(model.struct), self.kv_buffer.data_ptr(), num_blocks, MAX_ROWS, threads
+            ctypes.byref(model.struct), self.kv_buffer.data_ptr(), MAX_ROWS, threads
         )
         if not self._engine:
             raise NativeUnavailable("the kernels refuse the model's sizes, or there is no memory for their scratch")

@@ -1,9 +1,8 @@
-"""Memory and CPU time of a process and its descendants, from /proc."""
+"""Memory of a process and its descendants, from /proc."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from pathlib import Path
 
@@ -34,16 +33,6 @@ def memory_mib(pid: int) -> dict[str, float]:
             peak_kib += _read(PROC / str(each) / "status").get("VmHWM", 0)
             pss_kib += _read(PROC / str(each) / "smaps_rollup").get("Pss", 0)
     return {"peak_mib": peak_kib / 1024, "pss_mib": pss_kib / 1024}
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time that the tree's living processes have used."""
-    ticks = 0
-    for each in process_tree(pid):
-        with contextlib.suppress(OSError):
-            fields = (PROC / str(each) / "stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _read(file: Path) -> dict[str, int]:

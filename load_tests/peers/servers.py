@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from typing import Any
 import httpx
 import yaml
 
-from load_tests.local import LOCAL_CONFIG, ROOT, free_port, local_server, stop, tail
+from load_tests.local import LOCAL_CONFIG, ROOT, free_port, local_server, stop, wait_until_ok
 from load_tests.peers.contenders import NOT_HANDED_ON, OFFLINE, Settings, vllm_variables
 from load_tests.peers.environments import missing_reason, python_of
 from load_tests.peers.http_client import Endpoint
 from load_tests.peers.memory import process_tree
 
 START_TIMEOUT_S = 600.0  # vLLM compiles the model the first time
-POLL_S = 0.5
 MAX_MODEL_LEN = 8192  # as in configs/local.yaml
 KV_TOKENS = 49_152  # as both pools of configs/local.yaml have together, and the one of configs/local-monolithic.yaml
 KV_BLOCK = 128
@@ -66,8 +64,8 @@ def running_server(name: str, settings: Settings, eos_token_ids: frozenset[int])
     """Start one of `LABELS`, end it on leaving.
 
     Raises:
-        ServerMissing: Its environment is missing, or it did not start.
-        ServerError: Ours did not start.
+        ServerMissing: Its environment is missing.
+        ServerError: It did not start.
     """
     directory = settings.out / "http" / name
     directory.mkdir(parents=True, exist_ok=True)
@@ -138,22 +136,10 @@ def _process(command: list[str], variables: Mapping[str, str], log_file: Path, p
             start_new_session=True,
         )
         try:
-            _wait(process, log_file, port)
+            wait_until_ok(f"http://127.0.0.1:{port}/v1/models", process, log_file, START_TIMEOUT_S)
             yield process.pid
         finally:
             stop(process)
-
-
-def _wait(process: subprocess.Popen[bytes], log_file: Path, port: int) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise ServerMissing(f"it ended with status {process.returncode}:\n{tail(log_file)}")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=10.0).status_code == httpx.codes.OK:
-                return
-        time.sleep(POLL_S)
-    raise ServerMissing(f"it did not answer within {START_TIMEOUT_S:.0f} s:\n{tail(log_file)}")
 
 
 def _model_of(url: str, headers: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any
 
 from load_tests.peers.protocol import serve
+from load_tests.peers.stepping import Tokens, time_decode, time_prefill
 
 ZONE = "tenant/bench/case/bench"  # one whose blocks are found again, so that repeats need not compute them
 MASTER_KEY = b"a key for benchmarks only"
@@ -63,40 +64,18 @@ class Ours:
             hasher=BlockHasher(MASTER_KEY, hash_context(runner, tokenizer, str(checkpoint.config.rope))),
             num_blocks=num_blocks,
         )
-        fallback = getattr(runner, "fallback_reason", None)
         return {
-            "version": getattr(runner, "arithmetic", f"backend {backend}"),
-            "description": "the same file" + (f"; fell back: {fallback}" if fallback else ""),
+            "version": runner.arithmetic,
+            "description": "the same file"
+            + (f"; fell back: {runner.fallback_reason}" if runner.fallback_reason else ""),
             "load_s": time.perf_counter() - started,
         }
 
     def decode(self, *, prompts: list[list[int]], steps: int) -> dict[str, Any]:
-        """`steps` steps in which every prompt decodes; the prefill is not timed."""
-        tokens: dict[str, list[int]] = {self._add(prompt, steps + 512): [] for prompt in prompts}
-        while not all(tokens.values()):
-            self._step(tokens)
-        num_firsts = sum(map(len, tokens.values()))
-        started = time.perf_counter()
-        for _ in range(steps):
-            self._step(tokens)
-        seconds = time.perf_counter() - started
-        for name in tokens:
-            self._engine.abort(name)
-        counted = sum(map(len, tokens.values())) - num_firsts
-        assert counted == steps * len(prompts), f"{counted} tokens in {steps} steps of {len(prompts)} sequences"
-        return {"seconds": seconds, "tokens": counted, "token_ids": list(tokens.values())}
+        return time_decode(self._add, self._step, self._abort, prompts, steps)
 
     def prefill(self, *, prompt: list[int]) -> dict[str, Any]:
-        """From the request to its first token."""
-        started = time.perf_counter()
-        tokens: dict[str, list[int]] = {self._add(prompt, 1): []}
-        while not all(tokens.values()):
-            self._step(tokens)
-        return {
-            "seconds": time.perf_counter() - started,
-            "tokens": len(prompt),
-            "token_ids": list(tokens.values()),
-        }
+        return time_prefill(self._add, self._step, prompt)
 
     def _add(self, prompt: list[int], max_tokens: int) -> str:
         from engine.request import Request, SamplingParams
@@ -113,7 +92,11 @@ class Ours:
         )
         return name
 
-    def _step(self, tokens: dict[str, list[int]]) -> None:
+    def _abort(self, names: list[str]) -> None:
+        for name in names:
+            self._engine.abort(name)
+
+    def _step(self, tokens: Tokens) -> None:
         for output in self._engine.step():
             tokens[output.request_id] += output.token_ids
 

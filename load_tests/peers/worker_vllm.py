@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any
 
 from load_tests.peers.protocol import serve
+from load_tests.peers.stepping import Tokens, time_decode, time_prefill
 
 
 class VLLM:
@@ -44,33 +45,10 @@ class VLLM:
         }
 
     def decode(self, *, prompts: list[list[int]], steps: int) -> dict[str, Any]:
-        """`steps` steps in which every prompt decodes; the prefill is not timed."""
-        engine = self._engine
-        tokens: dict[str, list[int]] = {self._add(prompt, steps + 512): [] for prompt in prompts}
-        while not all(tokens.values()):
-            self._step(tokens)
-        firsts = {name: len(ids) for name, ids in tokens.items()}
-        started = time.perf_counter()
-        for _ in range(steps):
-            self._step(tokens)
-        seconds = time.perf_counter() - started
-        engine.abort_request(list(tokens), internal=False)
-        self._drain()
-        counted = sum(len(ids) - firsts[name] for name, ids in tokens.items())
-        assert counted == steps * len(prompts), f"{counted} tokens in {steps} steps of {len(prompts)} sequences"
-        return {"seconds": seconds, "tokens": counted, "token_ids": list(tokens.values())}
+        return time_decode(self._add, self._step, self._abort, prompts, steps)
 
     def prefill(self, *, prompt: list[int]) -> dict[str, Any]:
-        """From the request to its first token."""
-        started = time.perf_counter()
-        tokens: dict[str, list[int]] = {self._add(prompt, 1): []}
-        while not all(tokens.values()):
-            self._step(tokens)
-        return {
-            "seconds": time.perf_counter() - started,
-            "tokens": len(prompt),
-            "token_ids": list(tokens.values()),
-        }
+        return time_prefill(self._add, self._step, prompt)
 
     def _add(self, prompt: list[int], max_tokens: int) -> str:
         from vllm import SamplingParams
@@ -80,7 +58,11 @@ class VLLM:
         self._engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
         return name
 
-    def _step(self, tokens: dict[str, list[int]]) -> None:
+    def _abort(self, names: list[str]) -> None:
+        self._engine.abort_request(names, internal=False)
+        self._drain()
+
+    def _step(self, tokens: Tokens) -> None:
         for output in self._engine.step():
             if output.request_id in tokens:
                 tokens[output.request_id] = list(output.outputs[0].token_ids)

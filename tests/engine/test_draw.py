@@ -31,7 +31,7 @@ from engine.draw import (
 )
 from engine.native.sampling import NativeRowChooser
 from engine.request import SamplingParams
-from tests.engine.row_choosers import NAMES, row_chooser
+from tests.engine.row_choosers import NAMES, reference_ids, row_chooser
 
 INFINITY = np.float32(np.inf)
 ALMOST_ONE = 1 - 2.0**-53
@@ -55,25 +55,6 @@ def packed(allowed: Sequence[bool]) -> Mask:
 
 def drawn(chooser: RowChooser, row: Row, uniform: float = 0.5, mask: Mask | None = None, **sampling: Any) -> int | None:
     return chooser.choose(row, mask, SamplingParams(**{"temperature": 1.0, **sampling}), uniform)
-
-
-def reference_ids(row: Row, sampling: SamplingParams) -> list[int]:
-    """What the truncations leave, by the textbook: full sort, full softmax, double precision."""
-    logits = row.astype(np.float64)
-    order = sorted(range(len(logits)), key=lambda index: (-logits[index], index))
-    if sampling.top_k:
-        edge = logits[order[min(sampling.top_k, len(order)) - 1]]
-        order = [index for index in order if logits[index] >= edge]
-    mass_of = {index: math.exp((logits[index] - logits[order[0]]) / sampling.temperature) for index in order}
-    order = [index for index in order if mass_of[index] >= sampling.min_p]
-    total = sum(mass_of[index] for index in order)
-    kept, mass = [], 0.0
-    for index in order:
-        if mass >= sampling.top_p * total and kept:
-            break
-        kept.append(index)
-        mass += mass_of[index]
-    return sorted(kept)
 
 
 class ExactDraw:

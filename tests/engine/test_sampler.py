@@ -24,7 +24,7 @@ from engine.grammar import Grammar
 from engine.request import Request, SamplingParams
 from engine.sampler import SampledToken, Sampler, SamplingError
 from engine.tokenizer import Tokenizer
-from tests.engine.row_choosers import row_chooser
+from tests.engine.row_choosers import reference_ids, row_chooser
 from tests.engine.tiny_tokenizer import tiny_tokenizer
 
 SMALL, LARGE = 40, 5000
@@ -70,22 +70,11 @@ def sample_one(sampler: Sampler, row: torch.Tensor, request: Request) -> Sampled
 
 
 def reference(row: torch.Tensor, sampling: SamplingParams) -> dict[int, float]:
-    """Probability of each token by the textbook: full sort, full softmax, double precision."""
-    logits = row.numpy().astype(np.float64)
-    order = sorted(range(len(logits)), key=lambda index: (-logits[index], index))
-    if sampling.top_k:
-        order = [index for index in order if logits[index] >= logits[order[min(sampling.top_k, len(order)) - 1]]]
-    scaled = logits / sampling.temperature
-    weights = {index: math.exp(scaled[index] - scaled[order[0]]) for index in order}
-    order = [index for index in order if weights[index] >= sampling.min_p]
-    total = sum(weights[index] for index in order)
-    kept, mass = [], 0.0
-    for index in order:
-        if mass >= sampling.top_p * total and kept:
-            break
-        kept.append(index)
-        mass += weights[index]
-    return {index: weights[index] / mass for index in kept}
+    """Probability of each token by the textbook."""
+    ids = reference_ids(row.numpy(), sampling)
+    logits = row.numpy().astype(np.float64)[ids]
+    weights = np.exp((logits - logits.max()) / sampling.temperature)
+    return dict(zip(ids, (weights / weights.sum()).tolist(), strict=True))
 
 
 def chi_square_fits(counts: Counter[int], expected: dict[int, float]) -> bool:

@@ -14,14 +14,6 @@ from engine.torch_model import Linear, can_pack
 from tests.engine import tiny_models
 
 TOKENS = tuple(int(token) for token in np.random.default_rng(7).integers(0, 96, 40))
-LLAMA3 = {
-    "rope_theta": 10_000.0,
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 
 
 def last_logits(path, *, dtype="float32", tokens=TOKENS):
@@ -58,7 +50,7 @@ def test_every_family_gives_them_from_gguf_too(family, tmp_path):
         {"rms_norm_eps": 0.3},
         {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
         {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 4.0}},
-        {"rope_parameters": LLAMA3},
+        {"rope_parameters": tiny_models.LLAMA3},
     ],
 )
 def test_variations_of_llama_give_the_logits_of_transformers(overrides, tmp_path):
@@ -67,7 +59,7 @@ def test_variations_of_llama_give_the_logits_of_transformers(overrides, tmp_path
 
 
 def test_gguf_frequency_factors_are_llama3_scaling_in_another_form(tmp_path):
-    model = tiny_models.build("llama", rope_parameters=LLAMA3)
+    model = tiny_models.build("llama", rope_parameters=tiny_models.LLAMA3)
     rope = load_checkpoint(tiny_models.save(model, tmp_path / "hf")).config.rope
     factors = inverse_frequencies(RopeConfig(), 8) / inverse_frequencies(rope, 8)
     path = tiny_models.write_gguf(model, tmp_path / "model.gguf", extra_tensors={"rope_freqs.weight": factors.numpy()})

@@ -25,6 +25,14 @@ from transformers import (
 from tests.engine.k_quants import QUANTIZERS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA3 = {
+    "rope_theta": 10_000.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 _CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),

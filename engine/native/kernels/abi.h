@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define ZS_ABI_VERSION 1
+#define ZS_ABI_VERSION 2
 
 // Weights are cut into tiles of 32 rows x 32 columns. A tile is contiguous and a multiple of 64 bytes; the
 // tiles of 32 rows follow each other from the first column to the last, then come the next 32 rows. The last
@@ -76,11 +76,11 @@ struct ZsStep {
 // Bytes of one tile of a kind; 0 for an unknown kind.
 extern "C" int64_t zs_tile_bytes(int32_t kind);
 
-// An engine over one KV cache: `kv` holds num_blocks blocks, each (G, layers, 2, S, D) bfloat16 (keys, then values).
+// An engine over one KV cache: `kv` holds blocks, each (G, layers, 2, S, D) bfloat16 (keys, then values).
 // Where S is a multiple of 16 the S x D elements of keys lie as [D / 2][S][2] and those of values as [S / 2][D][2];
 // for other S both lie as [S][D]. All pointers in `model` must outlive the engine.
 // Returns 0 where memory is short or a size is not supported.
-extern "C" void* zs_create(const ZsModel* model, void* kv, int64_t num_blocks, int32_t max_rows, int32_t num_threads);
+extern "C" void* zs_create(const ZsModel* model, void* kv, int32_t max_rows, int32_t num_threads);
 extern "C" void zs_destroy(void* engine);
 
 // Computes one step. The arguments must have been checked: block ids, token ids and rows are trusted.

@@ -570,7 +570,7 @@ extern "C" int32_t zs_abi_version() { return ZS_ABI_VERSION; }
 extern "C" const char* zs_path() { return zs::kPathName; }
 extern "C" int64_t zs_tile_bytes(int32_t kind) { return zs::tile_bytes(kind); }
 
-extern "C" void* zs_create(const ZsModel* model, void* kv, int64_t /*num_blocks*/, int32_t max_rows, int32_t num_threads) {
+extern "C" void* zs_create(const ZsModel* model, void* kv, int32_t max_rows, int32_t num_threads) {
   if (!zs::Engine::supports(*model, max_rows, num_threads)) return nullptr;
   auto* engine = new (std::nothrow) zs::Engine(*model, (uint16_t*)kv, max_rows, num_threads);
   if (engine && !engine->allocate()) {

@@ -27,15 +27,6 @@ MIN_EQUAL_IN_CACHE = 0.9
 # Of the mean KL divergence from unrounded arithmetic; 0.0018 at most on these random, peaked models.
 MAX_KL = 0.005
 
-LLAMA3 = {
-    "rope_theta": 10_000.0,
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
 
 def heads(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:
     return {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "head_dim": head_dim}
@@ -46,7 +37,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, 3 to 1": ("llama", {"hidden_size": 96, "tie_word_embeddings": True, **heads(6, 2, 64)}),
     "llama, head_dim 80": ("llama", {"vocab_size": 33, **heads(2, 2, 80)}),
     "llama, head_dim 80, 4 to 1": ("llama", {"intermediate_size": 32, "vocab_size": 64, **heads(4, 1, 80)}),
-    "llama, llama3 scaling": ("llama", {"rope_parameters": LLAMA3, **heads(2, 1, 96)}),
+    "llama, llama3 scaling": ("llama", {"rope_parameters": tiny_models.LLAMA3, **heads(2, 1, 96)}),
     "llama, large epsilon": ("llama", {"rms_norm_eps": 0.3, **heads(4, 2, 64)}),
     "mistral, 2 to 1": ("mistral", {"hidden_size": 128, "vocab_size": 161, **heads(8, 4, 64)}),
     "mistral, head_dim 96, 3 to 1": ("mistral", {"hidden_size": 96, **heads(3, 1, 96)}),

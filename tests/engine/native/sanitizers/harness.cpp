@@ -168,8 +168,8 @@ class Run {
     memset(kv_.data(), 0xff, kv_.size() * sizeof(uint16_t));
     for (int i = 0; i < num_blocks; i++) free_.push_back(i);
     std::shuffle(free_.begin(), free_.end(), generator);
-    engine_ = zs_create(&model_.model, kv_.data(), num_blocks, shape.max_rows, shape.threads);
-    alone_ = zs_create(&model_.model, kv_.data(), num_blocks, kMaxTokens, 1);
+    engine_ = zs_create(&model_.model, kv_.data(), shape.max_rows, shape.threads);
+    alone_ = zs_create(&model_.model, kv_.data(), kMaxTokens, 1);
     if (!engine_ || !alone_) abort();
   }
   ~Run() {
