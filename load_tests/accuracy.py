@@ -30,6 +30,7 @@ from engine.kv_cache import KVCacheLayout
 from engine.model_config import ModelConfig
 from engine.model_runner import DEFAULT_CACHE_DIR, ModelRunner, load_runner
 from engine.model_store import resolve
+from engine.native.build import INSTRUCTION_SETS
 from engine.native.packing import open_packed
 from engine.scheduler import ScheduledChunk
 from engine.tokenizer import Tokenizer
@@ -150,7 +151,9 @@ def compare(reference: torch.Tensor, rows: Iterator[torch.Tensor], token_ids: Se
     )
 
 
-def measure(path: Path, backends: Sequence[str], num_tokens: int, cache_dir: Path) -> dict[str, Agreement]:
+def measure(
+    path: Path, backends: Sequence[str], num_tokens: int, cache_dir: Path, instruction_set: str | None = None
+) -> dict[str, Agreement]:
     """Each backend in bfloat16 against float32, by the name of its arithmetic.
 
     Raises:
@@ -171,6 +174,7 @@ def measure(path: Path, backends: Sequence[str], num_tokens: int, cache_dir: Pat
             num_blocks=-(-num_tokens // BLOCK_SIZE),
             backend=backend,
             cache_dir=cache_dir,
+            instruction_set=instruction_set,
         )
         if runner.fallback_reason is not None:
             raise SystemExit(f"the {backend} backend does not run here: {runner.fallback_reason}")
@@ -193,10 +197,15 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--instruction-set", choices=tuple(INSTRUCTION_SETS), help="of the native backend; default: the best"
+    )
     parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE_DIR)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    agreements = measure(resolve(options.model), options.backends, options.tokens, options.cache_dir)
+    agreements = measure(
+        resolve(options.model), options.backends, options.tokens, options.cache_dir, options.instruction_set
+    )
     print(table(agreements))
     rows = {
         name: {**asdict(row), "perplexity_change": row.perplexity_change, "holds": row.holds}

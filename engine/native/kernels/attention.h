@@ -22,6 +22,10 @@ struct KeyTile {
   size_t key_stride;
 };
 
+// A decode reads each key and value once, from blocks that lie anywhere, and the processor's own prefetching starts
+// anew in each of them. So a tile's values are asked for while its keys are scored, and the next tile's keys while its
+// values are weighed.
+
 // The running result of query rows: maximum and sum by row, weighted values (rows, D).
 struct Running {
   float* peak;
@@ -43,6 +47,7 @@ ZS_INLINE void score_groups(const uint16_t* q, int head_dim, const KeyTile& tile
     for (int g = 0; g < GROUPS; g++) {
       pairs[g] = load_pairs(keys[g]);
       keys[g] += key_stride;
+      __builtin_prefetch(tile.values[first + g] + d * kLanes);
     }
 #pragma GCC unroll 6
     for (int t = 0; t < ROWS; t++)
@@ -55,15 +60,18 @@ ZS_INLINE void score_groups(const uint16_t* q, int head_dim, const KeyTile& tile
 
 // Weighted sum of values, dimensions [16 first, 16 (first + VECTORS)): out (ROWS, D).
 template <int ROWS, int VECTORS>
-ZS_INLINE void weigh_values(const uint16_t (*weights)[kTileKeys], int num_keys, int head_dim, const KeyTile& tile, int first, float* out) {
+ZS_INLINE void weigh_values(const uint16_t (*weights)[kTileKeys], int num_keys, int head_dim, const KeyTile& tile, const KeyTile& next,
+                            int first, float* out) {
   F32 sums[ROWS][VECTORS];
   for (int t = 0; t < ROWS; t++)
     for (int v = 0; v < VECTORS; v++) sums[t][v] = zero();
   const auto add_pair = [&](int key, bool is_last_odd) __attribute__((always_inline)) {
     const uint16_t* at = tile.values[key / kLanes] + key % kLanes * head_dim + first * 2 * kLanes;
+    const uint16_t* ahead = next.keys[key / kLanes] + key % kLanes * head_dim + first * 2 * kLanes;
     Pairs pairs[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
+      __builtin_prefetch(ahead + v * 2 * kLanes);
       pairs[v] = load_pairs(at + v * 2 * kLanes);
       if (is_last_odd) pairs[v] = keep_even(pairs[v]);
     }
@@ -105,8 +113,8 @@ ZS_INLINE void merge(const float* peak, const float* sum, const float* values, i
 // One tile for `ROWS` query rows q (ROWS, D); row t sees the first num_keys[t] keys of it (none: skipped).
 // The result of the tile alone goes to peak (16), sum (16) and values (ROWS, D).
 template <int ROWS>
-static __attribute__((noinline)) void attend_tile(const uint16_t* q, int head_dim, const KeyTile& tile, const int* num_keys,
-                                                  float exponent_scale, float* peak, float* sum, float* values) {
+static __attribute__((noinline)) void attend_tile(const uint16_t* q, int head_dim, const KeyTile& tile, const KeyTile& next,
+                                                  const int* num_keys, float exponent_scale, float* peak, float* sum, float* values) {
   alignas(64) float scores[ROWS][kTileKeys];
   alignas(64) uint16_t weights[ROWS][kTileKeys];
   int most = 0;
@@ -135,19 +143,19 @@ static __attribute__((noinline)) void attend_tile(const uint16_t* q, int head_di
   constexpr int at_once = kKeyGroupsAtOnce;
   int vector = 0;
   for (; vector + at_once <= vectors; vector += at_once)
-    weigh_values<ROWS, at_once>(weights, most, head_dim, tile, vector, values);
-  for (; vector < vectors; vector++) weigh_values<ROWS, 1>(weights, most, head_dim, tile, vector, values);
+    weigh_values<ROWS, at_once>(weights, most, head_dim, tile, next, vector, values);
+  for (; vector < vectors; vector++) weigh_values<ROWS, 1>(weights, most, head_dim, tile, next, vector, values);
 }
 
-static inline void attend_rows(int rows, const uint16_t* q, int head_dim, const KeyTile& tile, const int* num_keys,
+static inline void attend_rows(int rows, const uint16_t* q, int head_dim, const KeyTile& tile, const KeyTile& next, const int* num_keys,
                                float exponent_scale, float* peak, float* sum, float* values) {
   switch (rows) {
-    case 1: return attend_tile<1>(q, head_dim, tile, num_keys, exponent_scale, peak, sum, values);
-    case 2: return attend_tile<2>(q, head_dim, tile, num_keys, exponent_scale, peak, sum, values);
-    case 3: return attend_tile<3>(q, head_dim, tile, num_keys, exponent_scale, peak, sum, values);
-    case 4: return attend_tile<4>(q, head_dim, tile, num_keys, exponent_scale, peak, sum, values);
-    case 5: return attend_tile<5>(q, head_dim, tile, num_keys, exponent_scale, peak, sum, values);
-    case 6: return attend_tile<6>(q, head_dim, tile, num_keys, exponent_scale, peak, sum, values);
+    case 1: return attend_tile<1>(q, head_dim, tile, next, num_keys, exponent_scale, peak, sum, values);
+    case 2: return attend_tile<2>(q, head_dim, tile, next, num_keys, exponent_scale, peak, sum, values);
+    case 3: return attend_tile<3>(q, head_dim, tile, next, num_keys, exponent_scale, peak, sum, values);
+    case 4: return attend_tile<4>(q, head_dim, tile, next, num_keys, exponent_scale, peak, sum, values);
+    case 5: return attend_tile<5>(q, head_dim, tile, next, num_keys, exponent_scale, peak, sum, values);
+    case 6: return attend_tile<6>(q, head_dim, tile, next, num_keys, exponent_scale, peak, sum, values);
   }
 }
 

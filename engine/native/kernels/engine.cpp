@@ -24,12 +24,17 @@ constexpr int kBlockRows = 96;          // rows that a thread takes through the 
 constexpr int kWideRowsPerThread = 32;  // from this many rows a thread on, a step is wide
 constexpr int kTasksPerThread = 4;      // fewer decode tasks than this: contexts are split into tiles
 constexpr int kMaxSplitTiles = 256;     // a longer context is not split
+constexpr int kRepeatedRows = 1;        // up to so many decodes, what is cheap is computed by each thread for itself
 
 // Rounding to 8 bits shows most in what attention and the head read; 16 bits there cost a tenth of the products and
 // make the whole model as true to float32 as bfloat16 arithmetic is (DECISIONS.md has the figures).
 using AttentionInput = FineGroup;
-using MlpInput = Group;
 using HeadInput = FineGroup;
+#if defined(ZS_PATH_PORTABLE)
+using MlpInput = FineGroup;  // without 8-bit instructions a second product costs little more than the first
+#else
+using MlpInput = Group;
+#endif
 
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
@@ -55,6 +60,10 @@ struct Workspace {
   float* run_values;   // (kMaxQueryRows, D)
   float* tile_values;  // (kAttendRows, D)
   float* normed;       // (H)
+  AttentionInput* attention_groups;  // (kRepeatedRows, H / 32), and so on: of a repeating step
+  MlpInput* mlp_groups;
+  float* attended;     // (kRepeatedRows, Q)
+  Group* attended_groups;
 };
 
 class Engine {
@@ -112,6 +121,7 @@ class Engine {
   struct Team {
     int index, count;
     bool is_wide;
+    bool is_repeating;  // narrow, of a few decodes: what is cheap, each thread computes for itself
   };
 
   // ---- memory
@@ -159,6 +169,10 @@ class Engine {
       carve(w.run_values, kMaxQueryRows * D);
       carve(w.tile_values, kAttendRows * D);
       carve(w.normed, model_.hidden_size);
+      carve(w.attention_groups, kRepeatedRows * hidden_tiles);
+      carve(w.mlp_groups, kRepeatedRows * hidden_tiles);
+      carve(w.attended, (size_t)kRepeatedRows * query_size_);
+      carve(w.attended_groups, kRepeatedRows * query_size_ / kTileSize);
     }
     partial_offset_ = memory_bytes_;
     const size_t partials = (size_t)split_rows() * heads_per_group_ * kMaxSplitTiles;
@@ -174,7 +188,7 @@ class Engine {
 
   void run(int index, int count) {
     const bool is_wide = count > 1 && step_->num_rows >= kWideRowsPerThread * count;
-    const Team team{index, count, is_wide};
+    const Team team{index, count, is_wide, is_repeating_ && count > 1};
     const Range all{0, step_->num_rows};
     const Range mine = is_wide ? share(all, index, count) : all;  // rows this thread multiplies
     embed(is_wide ? mine : share(all, index, count));
@@ -183,7 +197,6 @@ class Engine {
       for_blocks(mine, [&](Range rows) { attention_input(team, layer, rows); });
       barrier_.wait(count);
       attention(team, layer);
-      barrier_.wait(count);
       for_blocks(mine, [&](Range rows) { attention_output_and_mlp(team, layer, rows); });
     }
     barrier_.wait(count);
@@ -199,12 +212,25 @@ class Engine {
   void sync(const Team& team) {
     if (!team.is_wide) barrier_.wait(team.count);
   }
-  static Range own_rows(const Team& team, Range rows) { return team.is_wide ? rows : share(rows, team.index, team.count); }
+  // After work on own rows that a repeating step has done for all of them.
+  void sync_rows(const Team& team) {
+    if (!team.is_repeating) sync(team);
+  }
+  static Range own_rows(const Team& team, Range rows) { return team.is_wide || team.is_repeating ? rows : share(rows, team.index, team.count); }
   static Range own_groups(const Team& team, int count) { return team.is_wide ? Range{0, count} : share({0, count}, team.index, team.count); }
 
-  AttentionInput* attention_groups(int row) { return attention_groups_ + (size_t)row * (model_.hidden_size / kTileSize); }
-  MlpInput* mlp_groups(int row) { return mlp_groups_ + (size_t)row * (model_.hidden_size / kTileSize); }
-  Group* attended_groups(int row) { return attended_groups_ + (size_t)row * (query_size_ / kTileSize); }
+  AttentionInput* attention_groups(const Team& team, int row) {
+    return (team.is_repeating ? workspaces_[team.index].attention_groups : attention_groups_) + (size_t)row * (model_.hidden_size / kTileSize);
+  }
+  MlpInput* mlp_groups(const Team& team, int row) {
+    return (team.is_repeating ? workspaces_[team.index].mlp_groups : mlp_groups_) + (size_t)row * (model_.hidden_size / kTileSize);
+  }
+  float* attended(const Team& team, int row) {
+    return (team.is_repeating ? workspaces_[team.index].attended : attended_) + (size_t)row * query_size_;
+  }
+  Group* attended_groups(const Team& team, int row) {
+    return (team.is_repeating ? workspaces_[team.index].attended_groups : attended_groups_) + (size_t)row * (query_size_ / kTileSize);
+  }
   Group* inner_groups(int row) { return inner_groups_ + (size_t)row * (model_.intermediate_size / kTileSize); }
   float* hidden(int row) { return hidden_ + (size_t)row * model_.hidden_size; }
 
@@ -246,8 +272,8 @@ class Engine {
 
   void attention_input(const Team& team, int index, Range rows) {
     const ZsLayer& layer = layers_[index];
-    norm_and_quantise(team, own_rows(team, rows), layer.input_norm, attention_groups_);
-    sync(team);
+    norm_and_quantise(team, own_rows(team, rows), layer.input_norm, attention_groups(team, 0));
+    sync_rows(team);
     float* qkv = workspaces_[team.is_wide ? team.index : 0].qkv;
     const int at[3] = {0, round_up(query_size_, kTileSize), round_up(query_size_, kTileSize) + round_up(kv_size_, kTileSize)};
     const ZsMatrix* matrices[3] = {&layer.q, &layer.k, &layer.v};
@@ -258,7 +284,7 @@ class Engine {
       const int count = num_groups(*matrices[i]);
       const int from = std::max(mine.first - first, 0), to = std::min(mine.last - first, count);
       if (from < to)
-        project(*matrices[i], attention_groups(rows.first), model_.hidden_size / kTileSize, rows.size(), from, to, [&](int row, int group, const F32* sums) {
+        project(*matrices[i], attention_groups(team, rows.first), model_.hidden_size / kTileSize, rows.size(), from, to, [&](int row, int group, const F32* sums) {
           float* out = qkv + (size_t)row * qkv_stride_ + at[i] + group * kTileSize;
           store(out, sums[0]);
           store(out + kLanes, sums[1]);
@@ -266,17 +292,20 @@ class Engine {
       first += count;
     }
     sync(team);
+    // In a repeating step threads share the heads of a row, else the rows.
+    const int G = model_.num_kv_heads, D = model_.head_dim, R = heads_per_group_;
+    const Range heads = team.is_repeating ? share({0, G}, team.index, team.count) : Range{0, G};
     const Range own = own_rows(team, rows);
     for (int c = first_chunk(own.first); c < step_->num_chunks && step_->chunks[c].first_row < own.last; c++) {
       const ZsChunk& chunk = step_->chunks[c];
       const int first = std::max(own.first, chunk.first_row), last = std::min(own.last, chunk.first_row + chunk.num_rows);
       for (int row = first; row < last; row++) {
         float* x = qkv + (size_t)(row - rows.first) * qkv_stride_;
-        finish_heads(x, layer.q_bias, layer.q_norm, model_.num_heads, row);
-        finish_heads(x + at[1], layer.k_bias, layer.k_norm, model_.num_kv_heads, row);
-        if (layer.v_bias) add_bias(x + at[2], layer.v_bias, kv_size_);
-        for (int i = 0; i < query_size_; i += kLanes) store_bf16(query_ + (size_t)row * query_size_ + i, load(x + i));
-        write_kv(index, chunk, chunk.start + row - chunk.first_row, x + at[1], x + at[2]);
+        finish_heads(x, layer.q_bias, layer.q_norm, {heads.first * R, heads.last * R}, row);
+        finish_heads(x + at[1], layer.k_bias, layer.k_norm, heads, row);
+        if (layer.v_bias) add_bias(x + at[2], layer.v_bias, {heads.first * D, heads.last * D});
+        for (int i = heads.first * R * D; i < heads.last * R * D; i += kLanes) store_bf16(query_ + (size_t)row * query_size_ + i, load(x + i));
+        write_kv(index, chunk, chunk.start + row - chunk.first_row, heads, x + at[1], x + at[2]);
       }
     }
   }
@@ -287,16 +316,17 @@ class Engine {
     return std::max<int>((int)(after - step_->chunks) - 1, 0);
   }
 
-  static void add_bias(float* x, const float* bias, int size) {
-    for (int i = 0; i < size; i += kLanes) store(x + i, add(load(x + i), load(bias + i)));
+  static void add_bias(float* x, const float* bias, Range at) {
+    for (int i = at.first; i < at.last; i += kLanes) store(x + i, add(load(x + i), load(bias + i)));
   }
 
-  // Bias, norm and rotation of the heads of one row, in place.
-  void finish_heads(float* x, const float* bias, const float* norm, int num_heads, int row) const {
+  // Bias, norm and rotation of some heads of one row, in place.
+  void finish_heads(float* x, const float* bias, const float* norm, Range heads, int row) const {
     const int D = model_.head_dim, half = D / 2;
-    if (bias) add_bias(x, bias, num_heads * D);
+    if (bias) add_bias(x, bias, {heads.first * D, heads.last * D});
     const float *cosine = cosine_ + (size_t)row * half, *sine = sine_ + (size_t)row * half;
-    for (int head = 0; head < num_heads; head++, x += D) {
+    x += heads.first * D;
+    for (int head = heads.first; head < heads.last; head++, x += D) {
       if (norm) rms_norm(x, norm, D, x);
       for (int i = 0; i < half; i++) {
         const float a = x[i], b = x[i + half];
@@ -312,11 +342,11 @@ class Engine {
     return kv_ + (((size_t)block * model_.num_kv_heads + head) * model_.num_layers + layer) * 2 * size;
   }
 
-  void write_kv(int layer, const ZsChunk& chunk, int position, const float* key, const float* value) const {
+  void write_kv(int layer, const ZsChunk& chunk, int position, Range heads, const float* key, const float* value) const {
     const int D = model_.head_dim, S = model_.block_size, slot = position % S;
     const int32_t block = step_->block_tables[chunk.first_block + position / S];
     alignas(64) uint16_t k[kMaxHeadDim], v[kMaxHeadDim];
-    for (int head = 0; head < model_.num_kv_heads; head++) {
+    for (int head = heads.first; head < heads.last; head++) {
       for (int d = 0; d < D; d += kLanes) {
         store_bf16(k + d, load(key + head * D + d));
         store_bf16(v + d, load(value + head * D + d));
@@ -344,14 +374,16 @@ class Engine {
     for (int c = 0; c < step_->num_chunks; c++) num_tasks += (int64_t)G * ((step_->chunks[c].num_rows + most_rows - 1) / most_rows);
     const bool split = num_tasks < split_rows();
     int partial = 0;
+    is_repeating_ = split && step_->num_rows <= kRepeatedRows;
     for (int c = 0; c < step_->num_chunks; c++) {
       const ZsChunk& chunk = step_->chunks[c];
       const int context = chunk.start + chunk.num_rows, tiles = num_tiles(context);
       for (int head = 0; head < G; head++) {
-        if (split && chunk.num_rows == 1 && tiles > 1 && tiles <= kMaxSplitTiles) {
+        if (split && chunk.num_rows == 1 && tiles <= kMaxSplitTiles) {
           for (int tile = 0; tile < tiles; tile++) tasks_.push_back({c, chunk.first_row, 1, head, tile, partial, kTileKeys});
           partial += heads_per_group_ * tiles;
         } else {
+          is_repeating_ = false;
           for_even_pieces(chunk.num_rows, most_rows, [&](int first, int count) {
             tasks_.push_back({c, chunk.first_row + first, count, head, -1, 0, (int64_t)count * (chunk.start + first + count)});
           });
@@ -368,11 +400,12 @@ class Engine {
     Workspace& work = workspaces_[team.index];
     const int count = (int)tasks_.size();
     for (int i; (i = next_task_[layer].fetch_add(1, std::memory_order_relaxed)) < count;) attend(tasks_[i], layer, work);
-    if (!is_split_) return;
     barrier_.wait(team.count);
+    if (!is_split_) return;
     int merged = 0;
     for (const Task& task : tasks_)
-      if (task.tile == 0 && merged++ % team.count == team.index) merge_partials(task, work);
+      if (task.tile == 0 && (team.is_repeating || merged++ % team.count == team.index)) merge_partials(team, task, work);
+    if (!team.is_repeating) barrier_.wait(team.count);
   }
 
   void attend(const Task& task, int layer, Workspace& work) {
@@ -385,10 +418,16 @@ class Engine {
     const bool is_whole = task.tile < 0;
     if (is_whole) reset(work, rows);
     const int first_tile = is_whole ? 0 : task.tile, last_tile = is_whole ? num_tiles(context) : task.tile + 1;
-    for (int tile = first_tile; tile < last_tile; tile++) {
+    const auto find = [&](int tile, KeyTile& keys) {
       const int first_key = tile * kTileKeys;
-      KeyTile keys;
       find_keys(chunk, task.head, layer, first_key, std::min(context - first_key, kTileKeys), work, keys);
+    };
+    KeyTile keys, next;
+    for (int tile = first_tile; tile < last_tile; tile++, keys = next) {
+      const int first_key = tile * kTileKeys;
+      if (tile == first_tile || !has_pairs_) find(tile, keys);
+      next = keys;
+      if (has_pairs_ && tile + 1 < last_tile) find(tile + 1, next);
       for_even_pieces(rows, kAttendRows, [&](int first, int count) {
         int visible[kAttendRows];
         int most = 0;
@@ -398,17 +437,16 @@ class Engine {
         }
         if (most <= 0) return;
         const uint16_t* query = work.query + (size_t)first * D;
-        if (is_whole) {
-          alignas(64) float peak[kLanes] = {}, sum[kLanes] = {};
-          attend_rows(count, query, D, keys, visible, exponent_scale_, peak, sum, work.tile_values);
-          merge(peak, sum, work.tile_values, count, D, exponent_scale_, visible, work.peak + first, work.sum + first, work.run_values + (size_t)first * D);
-        } else {
-          const int at = task.partial + tile * R + first;
-          attend_rows(count, query, D, keys, visible, exponent_scale_, partial_peak_ + at, partial_sum_ + at, partial_values_ + (size_t)at * D);
-        }
+        alignas(64) float tile_peak[kLanes] = {}, tile_sum[kLanes] = {};
+        const int at = task.partial + tile * R + first;
+        float* peak = is_whole ? tile_peak : partial_peak_ + at;
+        float* sum = is_whole ? tile_sum : partial_sum_ + at;
+        float* values = is_whole ? work.tile_values : partial_values_ + (size_t)at * D;
+        attend_rows(count, query, D, keys, next, visible, exponent_scale_, peak, sum, values);
+        if (is_whole) merge(peak, sum, values, count, D, exponent_scale_, visible, work.peak + first, work.sum + first, work.run_values + (size_t)first * D);
       });
     }
-    if (is_whole) finish(task, work);
+    if (is_whole) finish(task, work, attended_);
   }
 
   void reset(Workspace& work, int rows) const {
@@ -417,7 +455,7 @@ class Engine {
     std::fill(work.run_values, work.run_values + (size_t)rows * model_.head_dim, 0.0f);
   }
 
-  void merge_partials(const Task& task, Workspace& work) {
+  void merge_partials(const Team& team, const Task& task, Workspace& work) {
     const ZsChunk& chunk = step_->chunks[task.chunk];
     const int D = model_.head_dim, R = heads_per_group_, context = chunk.start + chunk.num_rows;
     reset(work, R);
@@ -429,13 +467,13 @@ class Engine {
         merge(partial_peak_ + at, partial_sum_ + at, partial_values_ + (size_t)at * D, count, D, exponent_scale_, visible, work.peak + first,
               work.sum + first, work.run_values + (size_t)first * D);
       });
-    finish(task, work);
+    finish(task, work, attended(team, 0));
   }
 
-  void finish(const Task& task, const Workspace& work) {
+  void finish(const Task& task, const Workspace& work, float* attended) const {
     const int D = model_.head_dim, R = heads_per_group_;
     for (int i = 0; i < task.num_rows * R; i++) {
-      float* out = attended_ + (size_t)(task.first_row + i / R) * query_size_ + (size_t)(task.head * R + i % R) * D;
+      float* out = attended + (size_t)(task.first_row + i / R) * query_size_ + (size_t)(task.head * R + i % R) * D;
       const F32 sum = set1(work.sum[i]);
       for (int d = 0; d < D; d += kLanes) store(out + d, div(load(work.run_values + (size_t)i * D + d), sum));
     }
@@ -483,23 +521,23 @@ class Engine {
     const ZsLayer& layer = layers_[index];
     const int H = model_.hidden_size, I = model_.intermediate_size;
     const Range own = own_rows(team, rows);
-    for (int row = own.first; row < own.last; row++) quantise(attended_ + (size_t)row * query_size_, query_size_, attended_groups(row));
-    sync(team);
+    for (int row = own.first; row < own.last; row++) quantise(attended(team, row), query_size_, attended_groups(team, row));
+    sync_rows(team);
     const auto add_to_hidden = [&](int row, int group, const F32* sums) {
       float* x = hidden(rows.first + row) + group * kTileSize;
       store(x, add(load(x), sums[0]));
       store(x + kLanes, add(load(x + kLanes), sums[1]));
     };
     const Range output_groups = own_groups(team, num_groups(layer.output));
-    project(layer.output, attended_groups(rows.first), query_size_ / kTileSize, rows.size(), output_groups.first, output_groups.last, add_to_hidden);
+    project(layer.output, attended_groups(team, rows.first), query_size_ / kTileSize, rows.size(), output_groups.first, output_groups.last, add_to_hidden);
     sync(team);
-    norm_and_quantise(team, own, layer.mlp_norm, mlp_groups_);
-    sync(team);
+    norm_and_quantise(team, own, layer.mlp_norm, mlp_groups(team, 0));
+    sync_rows(team);
     // Two groups of gate_up make 32 inner activations, which are one group for the matrix after it.
     float* staged = workspaces_[team.index].staged;
     const Range pairs = own_groups(team, I / kTileSize);
     for (int pair = pairs.first; pair < pairs.last; pair++) {
-      project(layer.gate_up, mlp_groups(rows.first), H / kTileSize, rows.size(), 2 * pair, 2 * pair + 2, [&](int row, int group, const F32* sums) {
+      project(layer.gate_up, mlp_groups(team, rows.first), H / kTileSize, rows.size(), 2 * pair, 2 * pair + 2, [&](int row, int group, const F32* sums) {
         const F32 sigmoid = div(set1(1.0f), add(set1(1.0f), exp2(mul(sums[0], set1(-1.4426950408889634f)))));
         store(staged + row * kTileSize + group % 2 * kLanes, mul(mul(sums[0], sigmoid), sums[1]));
       });
@@ -546,7 +584,7 @@ class Engine {
   bool has_pairs_;
   float exponent_scale_;
   const ZsStep* step_ = nullptr;
-  bool is_split_ = false;
+  bool is_split_ = false, is_repeating_ = false;
   std::vector<Task> tasks_;
   std::vector<std::atomic<int>> next_task_;
   Barrier barrier_;

@@ -255,30 +255,30 @@ static inline void dequantise_row(const ZsMatrix& matrix, int row, float* out) {
   const int64_t bytes = tile_bytes(matrix.kind);
   const int num_tiles = matrix.columns / kTileSize, in_tile = row % kTileSize, half = in_tile / 16, lane = in_tile % 16;
   const uint8_t* tile = matrix.tiles + (row / kTileSize) * num_tiles * bytes;
-  for (int b = 0; b < num_tiles; b++, tile += bytes) {
-    for (int k = 0; k < kTileSize; k++) {
-      const int j = k / 4, i = k % 4;
-      const auto half_at = [&](const uint8_t* p) {
-        uint16_t bits;
-        memcpy(&bits, p + 2 * in_tile, 2);
-        return half_to_float(bits);
-      };
-      const auto float_at = [&](const uint8_t* p) {
-        float value;
-        memcpy(&value, p + 4 * in_tile, 4);
-        return value;
-      };
-      if (matrix.kind == ZS_Q4_HALF || matrix.kind == ZS_Q4_FLOAT) {
-        int code = tile[half * 256 + (j % 4 * 16 + lane) * 4 + i] >> (j / 4 * 4) & 15;
-        bool is_half = matrix.kind == ZS_Q4_HALF;
-        float scale = is_half ? half_at(tile + 512) : float_at(tile + 512);
-        float offset = is_half ? half_at(tile + 576) : float_at(tile + 640);
-        out[b * kTileSize + k] = scale * (float)code + offset;
-      } else {
-        int code = tile[half * 512 + (j * 16 + lane) * 4 + i];
-        float scale = matrix.kind == ZS_Q8_HALF ? half_at(tile + 1024) : float_at(tile + 1024 + k / 16 * 128);
-        out[b * kTileSize + k] = scale * (float)(code - 128);
-      }
+  const bool has_four_bits = matrix.kind == ZS_Q4_HALF || matrix.kind == ZS_Q4_FLOAT;
+  const auto half_at = [&](const uint8_t* p) {
+    uint16_t bits;
+    memcpy(&bits, p + 2 * in_tile, 2);
+    return half_to_float(bits);
+  };
+  const auto float_at = [&](const uint8_t* p) {
+    float value;
+    memcpy(&value, p + 4 * in_tile, 4);
+    return value;
+  };
+  for (int b = 0; b < num_tiles; b++, tile += bytes, out += kTileSize) {
+    if (has_four_bits) {
+      const bool is_half = matrix.kind == ZS_Q4_HALF;
+      const float scale = is_half ? half_at(tile + 512) : float_at(tile + 512);
+      const float offset = is_half ? half_at(tile + 576) : float_at(tile + 640);
+      const uint8_t* codes = tile + half * 256 + lane * 4;
+      for (int k = 0; k < kTileSize; k++) out[k] = scale * (float)(codes[k / 4 % 4 * 64 + k % 4] >> (k / 16 * 4) & 15) + offset;
+    } else {
+      const bool is_split = matrix.kind == ZS_Q8_SPLIT;
+      const float scale = is_split ? float_at(tile + 1024) : half_at(tile + 1024);
+      const float second = is_split ? float_at(tile + 1024 + 128) : scale;
+      const uint8_t* codes = tile + half * 512 + lane * 4;
+      for (int k = 0; k < kTileSize; k++) out[k] = (k < 16 ? scale : second) * (float)(codes[k / 4 * 64 + k % 4] - 128);
     }
   }
 }

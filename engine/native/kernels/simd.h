@@ -128,6 +128,18 @@ ZS_INLINE float quantise32(const float* x, int8_t* codes, int32_t sums[2]) {
   return finite ? peak / 127.0f : NAN;
 }
 
+// What `codes` of `scale` leave of 32 floats, in steps of scale / 256; `sums` as above.
+ZS_INLINE void quantise_rest32(const float* x, const int8_t* codes, float scale, int8_t* fine, int32_t sums[2]) {
+  const F32 inverse = set1(scale > kSmallestPeak ? 1.0f / scale : 0.0f);  // NaN: no steps
+  for (int i = 0; i < 2; i++) {
+    F32 code = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + 16 * i))));
+    F32 rest = mul(sub(mul(load(x + 16 * i), inverse), code), set1(256.0f));
+    __m512i steps = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(rest, set1(127.0f)), set1(-127.0f)));
+    _mm_storeu_si128((__m128i*)(fine + 16 * i), _mm512_cvtsepi32_epi8(steps));
+    sums[i] = _mm512_reduce_add_epi32(steps);
+  }
+}
+
 #elif defined(ZS_PATH_AVX2)  // --------------------------------------------------------------------------------
 
 constexpr const char* kPathName = "avx2";
@@ -188,10 +200,16 @@ ZS_INLINE F32 exp2(F32 x) { return {exp2_half(x.lo), exp2_half(x.hi)}; }
 ZS_INLINE F32 load_half(const uint8_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
 }
+ZS_INLINE __m256i bf16_half(__m256 x) {  // as float_to_bf16, in the lower half of each lane
+  const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), is_nan);
+}
 ZS_INLINE void store_bf16(uint16_t* p, F32 x) {
-  float lanes[16];
-  store(lanes, x);
-  for (int i = 0; i < 16; i++) p[i] = float_to_bf16(lanes[i]);
+  const __m256i packed = _mm256_packus_epi32(bf16_half(x.lo), bf16_half(x.hi));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
 ZS_INLINE I32 izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
@@ -239,6 +257,46 @@ ZS_INLINE F32 dot2(F32 sum, Pairs pairs, const uint16_t* a) {
   memcpy(values, bits, 8);
   __m256 a0 = _mm256_set1_ps(values[0]), a1 = _mm256_set1_ps(values[1]);
   return {dot2_half(sum.lo, pairs.lo, a0, a1), dot2_half(sum.hi, pairs.hi, a0, a1)};
+}
+
+ZS_INLINE int32_t reduce_add(__m256i x) {
+  __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+}
+// 32 integers as bytes, and the sums of the first and last 16.
+ZS_INLINE void store_codes(const __m256i steps[4], int8_t* codes, int32_t sums[2]) {
+  __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(steps[0], steps[1]), _mm256_packs_epi32(steps[2], steps[3]));
+  words = _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm256_storeu_si256((__m256i*)codes, words);
+  sums[0] = reduce_add(_mm256_add_epi32(steps[0], steps[1]));
+  sums[1] = reduce_add(_mm256_add_epi32(steps[2], steps[3]));
+}
+ZS_INLINE float quantise32(const float* x, int8_t* codes, int32_t sums[2]) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), infinity = _mm256_set1_ps(INFINITY);
+  __m256 top = _mm256_setzero_ps();
+  int finite = 0xff;
+  for (int i = 0; i < 4; i++) {
+    __m256 size = _mm256_and_ps(_mm256_loadu_ps(x + 8 * i), magnitude);
+    finite &= _mm256_movemask_ps(_mm256_cmp_ps(size, infinity, _CMP_LT_OQ));
+    top = _mm256_max_ps(top, size);
+  }
+  const float peak = reduce_max(F32{top, top});
+  const __m256 inverse = _mm256_set1_ps(peak > kSmallestPeak ? 127.0f / peak : 0.0f);
+  __m256i steps[4];
+  for (int i = 0; i < 4; i++) steps[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse));
+  store_codes(steps, codes, sums);
+  return finite == 0xff ? peak / 127.0f : NAN;
+}
+ZS_INLINE void quantise_rest32(const float* x, const int8_t* codes, float scale, int8_t* fine, int32_t sums[2]) {
+  const __m256 inverse = _mm256_set1_ps(scale > kSmallestPeak ? 1.0f / scale : 0.0f);
+  __m256i steps[4];
+  for (int i = 0; i < 4; i++) {
+    __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(codes + 8 * i))));
+    __m256 rest = _mm256_mul_ps(_mm256_sub_ps(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse), code), _mm256_set1_ps(256.0f));
+    steps[i] = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(rest, _mm256_set1_ps(127.0f)), _mm256_set1_ps(-127.0f)));
+  }
+  store_codes(steps, fine, sums);
 }
 
 #else  // portable ---------------------------------------------------------------------------------------------
@@ -340,9 +398,6 @@ ZS_INLINE F32 dot2(F32 sum, Pairs pairs, const uint16_t* a) {
 }
 #undef ZS_LANES
 
-#endif
-
-#if !defined(ZS_PATH_AVX512)
 ZS_INLINE float quantise32(const float* x, int8_t* codes, int32_t sums[2]) {
   float peak = 0;
   bool finite = true;
@@ -371,9 +426,7 @@ ZS_INLINE float quantise32(const float* x, int8_t* codes, int32_t sums[2]) {
   }
   return peak / 127.0f;
 }
-#endif
 
-// What `codes` of `scale` leave of 32 floats, in steps of scale / 256; `sums` as above.
 ZS_INLINE void quantise_rest32(const float* x, const int8_t* codes, float scale, int8_t* fine, int32_t sums[2]) {
   const float inverse = scale > kSmallestPeak ? 1.0f / scale : 0.0f;  // NaN: no steps
   int32_t rounded[32];
@@ -388,5 +441,6 @@ ZS_INLINE void quantise_rest32(const float* x, const int8_t* codes, float scale,
     sums[i / 16] += rounded[i];
   }
 }
+#endif
 
 }  // namespace zs

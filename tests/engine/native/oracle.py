@@ -16,6 +16,7 @@ GROUP = 32
 """Activations that share a scale."""
 FINE_INPUTS = ("q_proj", "k_proj", "v_proj", "lm_head", "embed_tokens")
 """Matrices (the last as the head) whose input's rounding shows in the output."""
+PORTABLE_FINE_INPUTS = (*FINE_INPUTS, "gate_proj", "up_proj")
 KEY_TILE = 128
 """Keys whose attention weights are computed together, counted from position 0."""
 
@@ -23,15 +24,23 @@ KEY_TILE = 128
 class Oracle:
     """A decoder over one set of weights.
 
-    `is_rounded`: activations go through integers in groups of 32 before every matrix, of 16 bits before those of
-    `FINE_INPUTS` and of 8 before the others, and queries, keys, values and attention weights go through bfloat16,
-    as in the native backend; what is left between the two is the order of float32 sums. Otherwise nothing is rounded.
+    `is_rounded`: activations go through integers in groups of 32 before every matrix, of 16 bits before `fine_inputs`
+    and of 8 before the others, and queries, keys, values and attention weights go through bfloat16, as in the native
+    backend; what is left between the two is the order of float32 sums. Otherwise nothing is rounded.
     """
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], *, is_rounded: bool) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        is_rounded: bool,
+        fine_inputs: tuple[str, ...] = FINE_INPUTS,
+    ) -> None:
         self._config = config
         self._weights = {name: tensors[name].double() for name in config.tensor_shapes()}
         self._is_rounded = is_rounded
+        self._fine_inputs = fine_inputs
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).double()
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -105,7 +114,7 @@ class Oracle:
         return x * (mean_square + self._config.rms_norm_eps).rsqrt() * self._weights[name + ".weight"]
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        result = self._integers(x, is_fine=name.endswith(FINE_INPUTS)) @ self._weights[name + ".weight"].T
+        result = self._integers(x, is_fine=name.endswith(self._fine_inputs)) @ self._weights[name + ".weight"].T
         bias = self._weights.get(name + ".bias")
         return result if bias is None else result + bias
 

@@ -20,7 +20,7 @@ from engine.native.build import load_kernels
 from engine.native.packing import PackedWeights, open_packed
 from engine.native.runner import NativeModelRunner
 from tests.engine import tiny_models
-from tests.engine.native.oracle import Oracle
+from tests.engine.native.oracle import FINE_INPUTS, PORTABLE_FINE_INPUTS, Oracle
 
 KV_FILL = 0xFF
 """Makes a NaN of every slot that was not written."""
@@ -52,9 +52,14 @@ class NativeModel:
     def vocab_size(self) -> int:
         return self.checkpoint.config.vocab_size
 
-    def oracle(self, *, is_rounded: bool) -> Oracle:
-        """Over the weights as the kernels take them."""
-        return Oracle(self.checkpoint.config, self.packed.tensors(), is_rounded=is_rounded)
+    def oracle(self, instruction_set: str | None = None) -> Oracle:
+        """Over the weights as the kernels take them, rounded as an instruction path does; None: not rounded."""
+        return Oracle(
+            self.checkpoint.config,
+            self.packed.tensors(),
+            is_rounded=instruction_set is not None,
+            fine_inputs=PORTABLE_FINE_INPUTS if instruction_set == "portable" else FINE_INPUTS,
+        )
 
     def runner(
         self,

@@ -80,7 +80,7 @@ def check(model: NativeModel, instruction_set: str, *, block_size: int, length: 
     The oracle goes on from the kernels' own cache, so that one rounding does not hide the rows after it.
     """
     source = random.Random(length)
-    oracle = model.oracle(is_rounded=True)
+    oracle = model.oracle(instruction_set)
     num_blocks = -(-length // block_size)
     runner = model.runner(instruction_set, block_size=block_size, num_blocks=num_blocks + 3)
     table = source.sample(range(num_blocks + 3), num_blocks)
@@ -134,7 +134,7 @@ def test_rounding_of_activations_costs_little(models, instruction_set, name):
     family, options = SHAPES[name]
     model = models(name, family, **options)
     tokens = random_tokens(100, model.vocab_size, seed=1)
-    exact = model.oracle(is_rounded=False).logits(tokens).log_softmax(-1)
+    exact = model.oracle().logits(tokens).log_softmax(-1)
     runner = model.runner(instruction_set)
     rows = [runner.execute([ScheduledChunk("r", i, (token,), tuple(range(7)), True)]) for i, token in enumerate(tokens)]
     divergence = (exact.exp() * (exact - torch.cat(rows).double().log_softmax(-1))).sum(-1)
@@ -149,7 +149,7 @@ def test_a_token_whose_embedding_is_zero_is_computed_like_any_other(tmp_path, in
     model = build_model(tmp_path, "llama", edit=silence)
     tokens = (7, 60, 7, 7, 70)
     row = model.runner(instruction_set).execute([ScheduledChunk("r", 0, tokens, (0,), True)])[0]
-    expected = model.oracle(is_rounded=True).logits(tokens)[-1]
+    expected = model.oracle(instruction_set).logits(tokens)[-1]
     torch.testing.assert_close(row.double(), expected, rtol=0, atol=ROUNDED_OTHERWISE * float(expected.std()))
 
 
