@@ -1,8 +1,8 @@
 // The whole step of a decoder: token ids in, logits and KV out, in one parallel region.
 //
-// A step with few rows is narrow: each thread computes its part of every matrix for all rows, and waits for the
-// others after each. A wide one gives each thread rows of its own, which it takes through everything but attention
-// alone. Which of the two it is changes who computes a number, never the number.
+// A step with few rows is narrow: the threads share every matrix, and wait for one another after each. In a wide one
+// they share the rows: a thread takes a block of them through everything but attention alone. Which of the two it is
+// changes who computes a number, never the number.
 #include <omp.h>
 #include <stdlib.h>
 
@@ -20,7 +20,8 @@
 
 namespace zs {
 
-constexpr int kBlockRows = 96;          // rows that a thread takes through the layers at once
+constexpr int kBlockRows = 96;          // rows that are taken through a layer at once
+constexpr int kItemsPerThread = 4;      // into so many pieces for each thread a narrow step's work is cut
 constexpr int kWideRowsPerThread = 32;  // from this many rows a thread on, a step is wide
 constexpr int kTasksPerThread = 4;      // fewer decode tasks than this: contexts are split into tiles
 constexpr int kMaxSplitTiles = 256;     // a longer context is not split
@@ -70,7 +71,7 @@ class Engine {
  public:
   Engine(const ZsModel& model, uint16_t* kv, int max_rows, int num_threads)
       : model_(model), layers_(model.layers, model.layers + model.num_layers), kv_(kv), max_rows_(max_rows),
-        num_threads_(num_threads), next_task_(model.num_layers) {
+        num_threads_(num_threads), parts_((model.num_layers + 1) * most_blocks() * kNumParts) {
     query_size_ = model.num_heads * model.head_dim;
     kv_size_ = model.num_kv_heads * model.head_dim;
     heads_per_group_ = model.num_heads / model.num_kv_heads;
@@ -94,10 +95,11 @@ class Engine {
     memset(memory_, 0, memory_bytes_);
     lay_out();
     tasks_.reserve((size_t)max_rows_ * model_.num_kv_heads + (size_t)split_rows() * kMaxSplitTiles);
+    merges_.reserve(split_rows());
     return true;
   }
 
-  int64_t scratch_bytes() const { return memory_bytes_ + (int64_t)(tasks_.capacity() * sizeof(Task)); }
+  int64_t scratch_bytes() const { return memory_bytes_ + (int64_t)(tasks_.capacity() * sizeof(Task) + merges_.capacity() * sizeof(int) + parts_.size() * sizeof(Part)); }
 
   // Zeroes what steps have left in memory since the last call.
   void scrub() {
@@ -112,16 +114,26 @@ class Engine {
     plan_attention();
     dirty_rows_ = std::max(dirty_rows_, step.num_rows);
     has_partials_ |= is_split_;
-    for (auto& next : next_task_) next.store(0, std::memory_order_relaxed);
+    for (size_t i = 0; i < (size_t)(model_.num_layers + 1) * num_blocks() * kNumParts; i++) parts_[i].reset();
 #pragma omp parallel num_threads(num_threads_)
     run(omp_get_thread_num(), omp_get_num_threads());
   }
 
  private:
+  // What threads do together, in the order of a layer. A wide step knows kRows and kAttend alone.
+  enum PartName {
+    kRows, kInputNorm, kQkv, kHeads, kAttend, kMerge, kQuantise, kOutput, kMlpNorm, kGateUp, kDown, kNumParts,
+    kEmbed = kRows, kFinalNorm = kInputNorm, kHead = kQkv  // of the layer after the last
+  };
+
   struct Team {
     int index, count;
     bool is_wide;
     bool is_repeating;  // narrow, of a few decodes: what is cheap, each thread computes for itself
+  };
+
+  struct Block : Range {
+    int index;
   };
 
   // ---- memory
@@ -187,37 +199,65 @@ class Engine {
   // ---- the step
 
   void run(int index, int count) {
-    const bool is_wide = count > 1 && step_->num_rows >= kWideRowsPerThread * count;
-    const Team team{index, count, is_wide, is_repeating_ && count > 1};
-    const Range all{0, step_->num_rows};
-    const Range mine = is_wide ? share(all, index, count) : all;  // rows this thread multiplies
-    embed(is_wide ? mine : share(all, index, count));
-    sync(team);
-    for (int layer = 0; layer < model_.num_layers; layer++) {
-      for_blocks(mine, [&](Range rows) { attention_input(team, layer, rows); });
-      barrier_.wait(count);
-      attention(team, layer);
-      for_blocks(mine, [&](Range rows) { attention_output_and_mlp(team, layer, rows); });
+    const bool is_wide = count == 1 || step_->num_rows >= kWideRowsPerThread * count;
+    const Team team{index, count, is_wide, is_repeating_ && !is_wide};
+    const int last = model_.num_layers;
+    if (is_wide) {
+      together(team, last, 0, kEmbed, num_blocks(), [&](int i) {
+        embed(block(i));
+        attention_input(team, 0, block(i));
+      });
+      for (int layer = 0; layer < last; layer++) {
+        attention(team, layer);
+        together(team, layer, 0, kRows, num_blocks(), [&](int i) {
+          attention_output_and_mlp(team, layer, block(i));
+          if (layer + 1 < last) attention_input(team, layer + 1, block(i));
+        });
+      }
+    } else {
+      share_out(team, last, 0, kEmbed, {0, step_->num_rows}, [&](Range rows) { embed(rows); });
+      for (int layer = 0; layer < last; layer++) {
+        for (int i = 0; i < num_blocks(); i++) attention_input(team, layer, block(i));
+        attention(team, layer);
+        for (int i = 0; i < num_blocks(); i++) attention_output_and_mlp(team, layer, block(i));
+      }
     }
-    barrier_.wait(count);
     logits(team);
   }
 
-  template <class Visit>
-  static void for_blocks(Range rows, Visit visit) {
-    for_even_pieces(rows.size(), kBlockRows, [&](int first, int count) { visit(Range{rows.first + first, rows.first + first + count}); });
+  int num_blocks() const { return (step_->num_rows + kBlockRows - 1) / kBlockRows; }
+  int most_blocks() const { return (max_rows_ + kBlockRows - 1) / kBlockRows; }
+  Block block(int i) const { return {share({0, step_->num_rows}, i, num_blocks()), i}; }
+
+  // Items that all threads of the step take part in.
+  template <class Work>
+  void together(const Team& team, int layer, int block, PartName name, int num_items, Work work) {
+    if (team.count == 1) {
+      for (int i = 0; i < num_items; i++) work(i);
+      return;
+    }
+    Part& part = parts_[((size_t)layer * num_blocks() + block) * kNumParts + name];
+    if (num_items <= Part::kMostItems && name != kAttend) {
+      part.run_own_first(num_items, team.index, team.count, work);
+    } else {
+      part.run(num_items, work);
+    }
   }
 
-  // In a narrow step everybody needs what the others have computed; in a wide one nobody does.
-  void sync(const Team& team) {
-    if (!team.is_wide) barrier_.wait(team.count);
+  // All of a range: alone where a wide step has given the rows to this thread, else with the others.
+  template <class Work>
+  void share_out(const Team& team, int layer, int block, PartName name, Range all, Work work) {
+    if (team.is_wide) return work(all);
+    const int items = std::min({all.size(), kItemsPerThread * team.count, Part::kMostItems});
+    together(team, layer, block, name, items, [&](int i) { work(share(all, i, items)); });
   }
-  // After work on own rows that a repeating step has done for all of them.
-  void sync_rows(const Team& team) {
-    if (!team.is_repeating) sync(team);
+
+  // As share_out, of what is cheap enough to be computed by each thread for itself.
+  template <class Work>
+  void share_rows(const Team& team, int layer, const Block& rows, PartName name, Work work) {
+    if (team.is_repeating) return work(Range(rows));
+    share_out(team, layer, rows.index, name, rows, work);
   }
-  static Range own_rows(const Team& team, Range rows) { return team.is_wide || team.is_repeating ? rows : share(rows, team.index, team.count); }
-  static Range own_groups(const Team& team, int count) { return team.is_wide ? Range{0, count} : share({0, count}, team.index, team.count); }
 
   AttentionInput* attention_groups(const Team& team, int row) {
     return (team.is_repeating ? workspaces_[team.index].attention_groups : attention_groups_) + (size_t)row * (model_.hidden_size / kTileSize);
@@ -270,32 +310,40 @@ class Engine {
 
   // ---- before attention: norm, projection, rotation; keys and values go to the cache
 
-  void attention_input(const Team& team, int index, Range rows) {
+  void attention_input(const Team& team, int index, const Block& rows) {
     const ZsLayer& layer = layers_[index];
-    norm_and_quantise(team, own_rows(team, rows), layer.input_norm, attention_groups(team, 0));
-    sync_rows(team);
+    share_rows(team, index, rows, kInputNorm, [&](Range own) { norm_and_quantise(team, own, layer.input_norm, attention_groups(team, 0)); });
     float* qkv = workspaces_[team.is_wide ? team.index : 0].qkv;
     const int at[3] = {0, round_up(query_size_, kTileSize), round_up(query_size_, kTileSize) + round_up(kv_size_, kTileSize)};
     const ZsMatrix* matrices[3] = {&layer.q, &layer.k, &layer.v};
     int total = 0;
     for (const ZsMatrix* matrix : matrices) total += num_groups(*matrix);
-    Range mine = own_groups(team, total);
-    for (int i = 0, first = 0; i < 3; i++) {
-      const int count = num_groups(*matrices[i]);
-      const int from = std::max(mine.first - first, 0), to = std::min(mine.last - first, count);
-      if (from < to)
-        project(*matrices[i], attention_groups(team, rows.first), model_.hidden_size / kTileSize, rows.size(), from, to, [&](int row, int group, const F32* sums) {
-          float* out = qkv + (size_t)row * qkv_stride_ + at[i] + group * kTileSize;
-          store(out, sums[0]);
-          store(out + kLanes, sums[1]);
-        });
-      first += count;
+    share_out(team, index, rows.index, kQkv, {0, total}, [&](Range mine) {
+      for (int i = 0, first = 0; i < 3; i++) {
+        const int count = num_groups(*matrices[i]);
+        const int from = std::max(mine.first - first, 0), to = std::min(mine.last - first, count);
+        if (from < to)
+          project(*matrices[i], attention_groups(team, rows.first), model_.hidden_size / kTileSize, rows.size(), from, to, [&](int row, int group, const F32* sums) {
+            float* out = qkv + (size_t)row * qkv_stride_ + at[i] + group * kTileSize;
+            store(out, sums[0]);
+            store(out + kLanes, sums[1]);
+          });
+        first += count;
+      }
+    });
+    // The heads of a single row, else the rows.
+    const Range heads{0, model_.num_kv_heads};
+    if (team.is_repeating && rows.size() == 1) {
+      share_out(team, index, rows.index, kHeads, heads, [&](Range own) { store_heads(index, rows, rows, own, qkv, at); });
+    } else {
+      share_out(team, index, rows.index, kHeads, rows, [&](Range own) { store_heads(index, rows, own, heads, qkv, at); });
     }
-    sync(team);
-    // In a repeating step threads share the heads of a row, else the rows.
-    const int G = model_.num_kv_heads, D = model_.head_dim, R = heads_per_group_;
-    const Range heads = team.is_repeating ? share({0, G}, team.index, team.count) : Range{0, G};
-    const Range own = own_rows(team, rows);
+  }
+
+  // Bias, norm and rotation of rows `own` of a block; queries are kept, keys and values of KV heads `heads` go to the cache.
+  void store_heads(int index, const Block& rows, Range own, Range heads, float* qkv, const int* at) {
+    const ZsLayer& layer = layers_[index];
+    const int D = model_.head_dim, R = heads_per_group_;
     for (int c = first_chunk(own.first); c < step_->num_chunks && step_->chunks[c].first_row < own.last; c++) {
       const ZsChunk& chunk = step_->chunks[c];
       const int first = std::max(own.first, chunk.first_row), last = std::min(own.last, chunk.first_row + chunk.num_rows);
@@ -394,18 +442,20 @@ class Engine {
       return a.cost != b.cost ? a.cost > b.cost : a.head != b.head ? a.head < b.head : a.first_row != b.first_row ? a.first_row < b.first_row : a.tile < b.tile;
     });
     is_split_ = partial > 0;
+    merges_.clear();
+    for (size_t i = 0; i < tasks_.size(); i++)
+      if (tasks_[i].tile == 0) merges_.push_back((int)i);
   }
 
   void attention(const Team& team, int layer) {
     Workspace& work = workspaces_[team.index];
-    const int count = (int)tasks_.size();
-    for (int i; (i = next_task_[layer].fetch_add(1, std::memory_order_relaxed)) < count;) attend(tasks_[i], layer, work);
-    barrier_.wait(team.count);
-    if (!is_split_) return;
-    int merged = 0;
-    for (const Task& task : tasks_)
-      if (task.tile == 0 && (team.is_repeating || merged++ % team.count == team.index)) merge_partials(team, task, work);
-    if (!team.is_repeating) barrier_.wait(team.count);
+    together(team, layer, 0, kAttend, (int)tasks_.size(), [&](int i) { attend(tasks_[i], layer, work); });
+    if (merges_.empty()) return;
+    const auto merge = [&](Range own) {
+      for (int i = own.first; i < own.last; i++) merge_partials(team, tasks_[merges_[i]], work);
+    };
+    if (team.is_repeating) return merge({0, (int)merges_.size()});
+    together(team, layer, 0, kMerge, (int)merges_.size(), [&](int i) { merge({i, i + 1}); });
   }
 
   void attend(const Task& task, int layer, Workspace& work) {
@@ -517,61 +567,61 @@ class Engine {
 
   // ---- after attention: projection, norm, MLP
 
-  void attention_output_and_mlp(const Team& team, int index, Range rows) {
+  void attention_output_and_mlp(const Team& team, int index, const Block& rows) {
     const ZsLayer& layer = layers_[index];
     const int H = model_.hidden_size, I = model_.intermediate_size;
-    const Range own = own_rows(team, rows);
-    for (int row = own.first; row < own.last; row++) quantise(attended(team, row), query_size_, attended_groups(team, row));
-    sync_rows(team);
+    share_rows(team, index, rows, kQuantise, [&](Range own) {
+      for (int row = own.first; row < own.last; row++) quantise(attended(team, row), query_size_, attended_groups(team, row));
+    });
     const auto add_to_hidden = [&](int row, int group, const F32* sums) {
       float* x = hidden(rows.first + row) + group * kTileSize;
       store(x, add(load(x), sums[0]));
       store(x + kLanes, add(load(x + kLanes), sums[1]));
     };
-    const Range output_groups = own_groups(team, num_groups(layer.output));
-    project(layer.output, attended_groups(team, rows.first), query_size_ / kTileSize, rows.size(), output_groups.first, output_groups.last, add_to_hidden);
-    sync(team);
-    norm_and_quantise(team, own, layer.mlp_norm, mlp_groups(team, 0));
-    sync_rows(team);
+    share_out(team, index, rows.index, kOutput, {0, num_groups(layer.output)}, [&](Range mine) {
+      project(layer.output, attended_groups(team, rows.first), query_size_ / kTileSize, rows.size(), mine.first, mine.last, add_to_hidden);
+    });
+    share_rows(team, index, rows, kMlpNorm, [&](Range own) { norm_and_quantise(team, own, layer.mlp_norm, mlp_groups(team, 0)); });
     // Two groups of gate_up make 32 inner activations, which are one group for the matrix after it.
     float* staged = workspaces_[team.index].staged;
-    const Range pairs = own_groups(team, I / kTileSize);
-    for (int pair = pairs.first; pair < pairs.last; pair++) {
-      project(layer.gate_up, mlp_groups(team, rows.first), H / kTileSize, rows.size(), 2 * pair, 2 * pair + 2, [&](int row, int group, const F32* sums) {
-        const F32 sigmoid = div(set1(1.0f), add(set1(1.0f), exp2(mul(sums[0], set1(-1.4426950408889634f)))));
-        store(staged + row * kTileSize + group % 2 * kLanes, mul(mul(sums[0], sigmoid), sums[1]));
-      });
-      for (int row = 0; row < rows.size(); row++) quantise(staged + row * kTileSize, kTileSize, inner_groups(rows.first + row) + pair);
-    }
-    sync(team);
-    const Range down_groups = own_groups(team, num_groups(layer.down));
-    project(layer.down, inner_groups(rows.first), I / kTileSize, rows.size(), down_groups.first, down_groups.last, add_to_hidden);
-    sync(team);
+    share_out(team, index, rows.index, kGateUp, {0, I / kTileSize}, [&](Range pairs) {
+      for (int pair = pairs.first; pair < pairs.last; pair++) {
+        project(layer.gate_up, mlp_groups(team, rows.first), H / kTileSize, rows.size(), 2 * pair, 2 * pair + 2, [&](int row, int group, const F32* sums) {
+          const F32 sigmoid = div(set1(1.0f), add(set1(1.0f), exp2(mul(sums[0], set1(-1.4426950408889634f)))));
+          store(staged + row * kTileSize + group % 2 * kLanes, mul(mul(sums[0], sigmoid), sums[1]));
+        });
+        for (int row = 0; row < rows.size(); row++) quantise(staged + row * kTileSize, kTileSize, inner_groups(rows.first + row) + pair);
+      }
+    });
+    share_out(team, index, rows.index, kDown, {0, num_groups(layer.down)}, [&](Range mine) {
+      project(layer.down, inner_groups(rows.first), I / kTileSize, rows.size(), mine.first, mine.last, add_to_hidden);
+    });
   }
 
   void logits(const Team& team) {
-    const int H = model_.hidden_size, V = model_.vocab_size, R = step_->num_sampled;
+    const int H = model_.hidden_size, V = model_.vocab_size, R = step_->num_sampled, last = model_.num_layers;
     float* normed = workspaces_[team.index].normed;
-    const Range own = share({0, R}, team.index, team.count);
     HeadInput* sampled = sampled_groups_;
-    for (int i = own.first; i < own.last; i++) {
+    together(team, last, 0, kFinalNorm, R, [&](int i) {
       rms_norm(hidden(step_->sampled_rows[i]), model_.final_norm, H, normed);
       quantise(normed, H, sampled + (size_t)i * (H / kTileSize));
-    }
-    barrier_.wait(team.count);
-    const Range mine = share({0, num_groups(model_.head)}, team.index, team.count);
-    for_even_pieces(R, kBlockRows, [&](int first, int count) {
-      project(model_.head, sampled + (size_t)first * (H / kTileSize), H / kTileSize, count, mine.first, mine.last, [&](int row, int group, const F32* sums) {
-        float* out = step_->logits + (size_t)(first + row) * V + (size_t)group * kTileSize;
-        if ((group + 1) * kTileSize <= V) {
-          store(out, sums[0]);
-          store(out + kLanes, sums[1]);
-        } else {
-          float lanes[kTileSize];
-          store(lanes, sums[0]);
-          store(lanes + kLanes, sums[1]);
-          memcpy(out, lanes, (V - group * kTileSize) * sizeof(float));
-        }
+    });
+    const int items = kItemsPerThread * team.count;
+    together(team, last, 0, kHead, R ? items : 0, [&](int item) {
+      const Range mine = share({0, num_groups(model_.head)}, item, items);
+      for_even_pieces(R, kBlockRows, [&](int first, int count) {
+        project(model_.head, sampled + (size_t)first * (H / kTileSize), H / kTileSize, count, mine.first, mine.last, [&](int row, int group, const F32* sums) {
+          float* out = step_->logits + (size_t)(first + row) * V + (size_t)group * kTileSize;
+          if ((group + 1) * kTileSize <= V) {
+            store(out, sums[0]);
+            store(out + kLanes, sums[1]);
+          } else {
+            float lanes[kTileSize];
+            store(lanes, sums[0]);
+            store(lanes + kLanes, sums[1]);
+            memcpy(out, lanes, (V - group * kTileSize) * sizeof(float));
+          }
+        });
       });
     });
   }
@@ -586,8 +636,8 @@ class Engine {
   const ZsStep* step_ = nullptr;
   bool is_split_ = false, is_repeating_ = false;
   std::vector<Task> tasks_;
-  std::vector<std::atomic<int>> next_task_;
-  Barrier barrier_;
+  std::vector<int> merges_;  // the first task of each row and head whose context is split
+  std::vector<Part> parts_;
   uint8_t* memory_ = nullptr;
   size_t memory_bytes_ = 0, workspace_offset_ = 0, partial_offset_ = 0;
   std::vector<RowArray> row_arrays_;
