@@ -21,6 +21,7 @@ UPGRADE_STRATEGIES = frozenset({"NewCluster", "NewClusterWithIncrementalUpgrade"
 _ROUTE = re.compile(r"^/$|^(/[^/{}]+)+$")
 _SECRET_NAME = re.compile(r"(?i)(password|passwd|secret|token|api_?key|private_?key|master_?key|bearer|credential)")
 _REFERENCE_NAME = re.compile(r"(?i)(file|path|dir|name|ref)s?$")
+_SERVE_VARIABLES = "RAY_SERVE_"
 _SETTING = re.compile(r"^\s*[\"']?(?P<name>[A-Za-z0-9_.-]+)[\"']?\s*[:=]\s*(?P<value>\S.*)$")
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 _QUANTITY = re.compile(r"^(?P<number>[0-9]+(\.[0-9]+)?)(?P<suffix>m|k|M|G|T|Ki|Mi|Gi|Ti)?$")
@@ -61,6 +62,11 @@ class Pod:
         for kind in ("initContainers", "containers"):
             for index, container in enumerate(self.spec.get(kind, [])):
                 yield f"{self.place}.template.spec.{kind}[{index}]", container
+
+    def serve_settings(self) -> dict[str, str | None]:
+        """What Serve's processes in the Ray container read of their environment; None where it comes from elsewhere."""
+        variables = self.spec.get("containers", [{}])[0].get("env", [])
+        return {v["name"]: v.get("value") for v in variables if v["name"].startswith(_SERVE_VARIABLES)}
 
     def container_ports(self) -> dict[int, str]:
         return {
@@ -272,6 +278,17 @@ def the_head_runs_no_replica(manifests: Manifests) -> Iterator[Complaint]:
                 f"{pod.place}.rayStartParams",
                 'must set num-cpus to "0": replicas must not share the head',
             )
+
+
+def pods_share_serves_settings(manifests: Manifests) -> Iterator[Complaint]:
+    """Serve's controller runs on the head and its proxies on the workers: they must agree on how to reach a replica."""
+    heads = {pod.document.title: pod.serve_settings() for pod in manifests.pods if pod.is_head}
+    for pod in manifests.workers():
+        of_head, of_pod = heads[pod.document.title], pod.serve_settings()
+        for name in sorted(of_head | of_pod):
+            if name not in of_head or name not in of_pod or of_head[name] != of_pod[name]:
+                place = f"{pod.place}.template.spec.containers[0].env"
+                yield pod.document, place, f"{pod.group} and the head do not have the same {name}"
 
 
 def the_service_speaks_kuberays_and_serves_words(manifests: Manifests) -> Iterator[Complaint]:
@@ -550,6 +567,7 @@ ALL: tuple[Rule, ...] = (
     groups_are_sized_soundly,
     fixed_replicas_fit_their_group,
     the_head_runs_no_replica,
+    pods_share_serves_settings,
     the_service_speaks_kuberays_and_serves_words,
     images_are_pinned,
     containers_have_limits_and_probes,

@@ -14,14 +14,18 @@ from deployments.config import PoolSection, ZoneserveConfig, load_config, requir
 from deployments.decode import DecodeReplica
 from deployments.ingress import ingress_deployment
 from deployments.prefill import PrefillReplica
-from deployments.settings import read_settings
+from deployments.settings import SERVE_TRANSPORT, read_settings
 from engine import model_store
 from engine.checkpoint import load_checkpoint
 
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 15.0
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 20.0
-REPLICA_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "RAY_SERVE_LOG_TO_STDERR": "0", "PYTHON_DOTENV_DISABLED": "1"}
+REPLICA_ENVIRONMENT = SERVE_TRANSPORT | {
+    "OMP_WAIT_POLICY": "passive",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "PYTHON_DOTENV_DISABLED": "1",
+}
 
 
 class BuildArgs(BaseModel):

@@ -8,13 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
 
+from deployments.calls import dispatch, is_cut, is_dead, over_grpc
 from deployments.config import RoutingSection
 from deployments.errors import BadRequest, DeadlineExceeded, InternalFault, NoCapacity, ReplicaLost, ServeError
 from deployments.messages import GenerateCall, RouteHint, TokenEvent
@@ -24,10 +30,11 @@ logger = logging.getLogger("ray.serve.zoneserve.client")
 
 MAX_DECODE_ATTEMPTS = 2
 REPLACEMENT_RETRY_AFTER_S = 5.0
+SILENCE_S = 10.0  # after which Ray is asked whether the replica lives
 
 
 class StreamCut(Exception):
-    """The replica gave a request up by itself, as it does when it is shut down."""
+    """The replica gave a request up by itself, as it does when it is shut down, or the way to it is gone."""
 
 
 REPLICA_GONE = (ActorDiedError, ActorUnavailableError, RayActorError, ReplicaUnavailableError, StreamCut)
@@ -42,11 +49,13 @@ class DecodeClient:
         routing: RoutingSection,
         metrics: IngressMetrics,
         clock: Callable[[], float] = time.monotonic,
+        is_dead: Callable[[str], Awaitable[bool]] = is_dead,
     ) -> None:
-        self._generate = decode.options(stream=True).generate
+        self._generate = over_grpc(decode).generate
         self._routing = routing
         self._metrics = metrics
         self._clock = clock
+        self._is_dead = is_dead
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[TokenEvent, None]:
         """Events of one sequence; the last carries a finish reason.
@@ -77,8 +86,10 @@ class DecodeClient:
                 self._metrics.decode_retries.inc()
             except (BackPressureError, DeploymentUnavailableError) as error:
                 raise NoCapacity("the decode pool is not available", retry_after_s=1.0) from error
-            except RayTaskError as error:
-                logger.error("%s: decode failed: %s", call.request_id, type(error.cause).__name__)
+            except ServeError:
+                raise
+            except Exception as error:  # the replica's own, which gRPC hands on as it was raised
+                logger.error("%s: decode failed: %s", call.request_id, type(error).__name__)
                 raise InternalFault("generation failed") from error
 
     async def _attempt(self, call: GenerateCall, hint: RouteHint, deadline: float) -> AsyncGenerator[TokenEvent, None]:
@@ -91,20 +102,34 @@ class DecodeClient:
                 raise DeadlineExceeded("the request did not start within its time limit") from error
             raise NoCapacity("no decode replica became available", retry_after_s=REPLACEMENT_RETRY_AFTER_S) from error
         try:
-            response = self._generate.dispatch(selection, call)
+            response = await dispatch(self._generate, selection, call)
+            num_events = 0
             is_complete = False
+            watch = asyncio.create_task(
+                self._end_when_dead(response, selection.replica_metadata["actor"], lambda: num_events)
+            )
             try:
                 while True:
                     event = await _next_before(response, deadline - self._clock())
                     if event is None:
                         break
+                    num_events += 1
                     yield event
                 is_complete = True
             finally:
+                watch.cancel()
                 if not is_complete:
                     response.cancel()
         finally:
             await asyncio.shield(context.__aexit__(None, None, None))
+
+    async def _end_when_dead(self, response: Any, actor: str, num_events: Callable[[], int]) -> None:
+        """A machine that vanishes resets no connection: gRPC alone would wait for it to the deadline."""
+        num_seen = -1
+        while num_seen != num_events() or not await self._is_dead(actor):
+            num_seen = num_events()
+            await asyncio.sleep(SILENCE_S)
+        response.cancel()
 
 
 async def _next_before(response: Any, remaining_s: float) -> TokenEvent | None:
@@ -123,6 +148,10 @@ async def _next_before(response: Any, remaining_s: float) -> TokenEvent | None:
         if not limit.expired():  # the replica's own
             raise
         raise DeadlineExceeded("the request did not end within its time limit") from error
+    except Exception as error:
+        if is_cut(error) or isinstance(error, RequestCancelledError):  # the latter by _end_when_dead
+            raise StreamCut from error
+        raise
 
 
 def _error_of(error: str) -> ServeError:

@@ -8,6 +8,8 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import ray
+
 from deployments.config import ZoneserveConfig
 from deployments.engine_host import EngineStopped
 from deployments.errors import BadRequest, InternalFault, NoCapacity, ReplicaLost
@@ -47,6 +49,10 @@ class DecodeReplica(EngineReplica):
         )
         self._reserving = asyncio.Lock()
         self._calls = itertools.count()
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """What Ray knows this replica by."""
+        return {"role": self.role, "actor": ray.get_runtime_context().get_actor_name() or ""}
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[TokenEvent]:
         """Tokens of one sequence as they come. Cancelling it frees everything on both sides."""

@@ -17,6 +17,7 @@ from typing import Any
 from ray.exceptions import ActorDiedError, RayError
 from ray.serve.exceptions import RayServeException
 
+from deployments.calls import dispatch, over_ray
 from deployments.config import ZoneserveConfig
 from deployments.engine_host import EngineHost, EngineStopped
 from deployments.messages import FirstToken, PrefillCall, PrefillRefused, RouteHint
@@ -66,8 +67,8 @@ class DecodeHandoff:
         self._request = request
         self._reservation = reservation
         self._affinity = affinity
-        self._prefill_pool = prefill
-        self._prefill = prefill.options(stream=True).prefill
+        self._prefill_pool = over_ray(prefill)
+        self._prefill = self._prefill_pool.options(stream=True).prefill
         self._receiver = receiver
         self._host = host
         self._metrics = metrics
@@ -125,7 +126,11 @@ class DecodeHandoff:
             raise HandoffFailed("prefill_unavailable") from error
         try:
             landing = await self._issue(selection.replica_metadata)
-            await self._receive(landing, self._prefill.dispatch(selection, self._call(landing)))
+            try:
+                response = await dispatch(self._prefill, selection, self._call(landing))
+            except (RayError, RayServeException) as error:
+                raise HandoffFailed("prefill_unavailable") from error
+            await self._receive(landing, response)
         finally:
             await asyncio.shield(_leave(context))
 

@@ -7,6 +7,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# How Serve's processes reach one another. A streamed token takes two hops (decode -> ingress -> proxy); over Ray's
+# streaming generators they cost three times the CPU that gRPC does, and threads of their own for router and user code
+# a quarter more. So a call that blocks in a replica blocks its health check: long work goes to a thread.
+# The caller picks the way and a replica serves both: a process that disagrees is slow, not wrong.
+SERVE_TRANSPORT = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -34,8 +44,9 @@ def read_settings() -> Settings:
 
 
 def prepare_ray_environment() -> None:
-    """Set what Ray must find before it is imported: no usage reports, quiet logs, this interpreter's tools."""
-    defaults = {
+    """Set what Ray must find before it is imported: no usage reports, quiet logs, Serve's transport, this interpreter's
+    tools."""
+    defaults = SERVE_TRANSPORT | {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a fault must be in the log before the process ends

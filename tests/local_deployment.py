@@ -40,7 +40,10 @@ class Deployment:
     def handle(self, role: str) -> Any:
         from ray import serve
 
-        return serve.get_deployment_handle(role, "zoneserve")
+        handle = serve.get_deployment_handle(role, "zoneserve")
+        if not handle.is_initialized:
+            handle._init(_run_router_in_separate_loop=True)  # a test has no event loop of its own
+        return handle
 
     def stats(self, role: str) -> dict[str, Any]:
         (stats,) = self.handle(role).broadcast("engine_stats").results(timeout_s=10.0)

@@ -59,6 +59,8 @@ def _engine(workload: str, peer: str, bound: float) -> Target:
     return Target(label, ("engine", workload), peer, bound)
 
 
+_HTTP_THROUGHPUT = ("http", "burst", "output_tokens_per_s")
+
 TARGETS = (
     _engine("decode_b1_c512", "vllm", 4.0),
     _engine("decode_b1_c512", "llama_cpp", 2.5),
@@ -67,7 +69,10 @@ TARGETS = (
     _engine("decode_b16_c2048", "vllm", 1.5),
     _engine("prefill_512", "vllm", 1.1),
     _engine("prefill_2048", "vllm", 1.2),
-    Target("HTTP, 16 streams at once, output tokens/s", ("http", "burst", "output_tokens_per_s"), "vllm", 1.5),
+    Target(
+        "HTTP, 16 streams at once, one pool, tokens/s", _HTTP_THROUGHPUT, "vllm", 1.5, ours="ours_monolithic"
+    ),
+    Target("HTTP, 16 streams at once, two pools, tokens/s", _HTTP_THROUGHPUT, "vllm", 1.5),
     Target("peak memory of one process", ("memory", "peak_mib"), "vllm", 0.5, is_ceiling=True),
 )
 

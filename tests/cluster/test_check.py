@@ -326,9 +326,24 @@ SERVICE_FAULTS: dict[str, tuple[Change, str, str]] = {
         "workerGroupSpecs[1].template.metadata.labels",
         "no NetworkPolicy restricts the ingress of prefill",
     ),
+    "Serve set otherwise on one pool": (
+        lambda s: container_of(s)["env"][0].update(value="0"),
+        "workerGroupSpecs[1].template.spec.containers[0].env",
+        "prefill and the head do not have the same RAY_SERVE_USE_GRPC_BY_DEFAULT",
+    ),
+    "Serve not set on one pool": (
+        lambda s: container_of(s).pop("env"),
+        "workerGroupSpecs[1].template.spec.containers[0].env",
+        "prefill and the head do not have the same RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP",
+    ),
+    "Serve not set on the head": (
+        lambda s: head_of(s)["template"]["spec"]["containers"][0].pop("env"),
+        "workerGroupSpecs[0].template.spec.containers[0].env",
+        "ingress and the head do not have the same RAY_SERVE_USE_GRPC_BY_DEFAULT",
+    ),
     "secret in the environment": (
         lambda s: container_of(s)["env"].append({"name": "ZONE_MASTER_KEY", "value": "c0ffee"}),
-        "env[1]",
+        "containers[0].env[4]",
         "carries a secret in plain text",
     ),
 }

@@ -9,6 +9,7 @@ import yaml
 from cluster.check import BASE_MANIFESTS
 from cluster.roles import Role
 from deployments.config import ZoneserveConfig, parse_config
+from deployments.settings import SERVE_TRANSPORT
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,14 @@ def test_pool_is_the_same_in_both_files(role: Role, config: ZoneserveConfig, ser
 def test_http_address_is_the_same_in_both_files(config: ZoneserveConfig, serve_config: Any) -> None:
     http = serve_config["http_options"]
     assert (config.ingress.host, config.ingress.port) == (http["host"], http["port"])
+
+
+def test_every_container_sets_serves_transport() -> None:
+    service = yaml.safe_load((BASE_MANIFESTS / "rayservice.yaml").read_text(encoding="utf-8"))
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert SERVE_TRANSPORT.items() <= {v["name"]: v["value"] for v in container["env"]}.items()
 
 
 def test_serve_waits_longer_than_the_deployment_does(config: ZoneserveConfig, serve_config: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray.serve.exceptions import RequestCancelledError
 
 from deployments.config import BUNDLED, ZoneserveConfig, parse_config
 from deployments.messages import GenerateCall, Provenance, RouteHint, TokenEvent
@@ -126,6 +127,10 @@ Script = list[TokenEvent | BaseException | Hold]
 class Selection:
     replica_id: str
 
+    @property
+    def replica_metadata(self) -> dict[str, str]:
+        return {"actor": f"actor of {self.replica_id}"}
+
 
 class Response:
     """As `DeploymentResponseGenerator`: an asynchronous iterator that can be cancelled."""
@@ -134,6 +139,7 @@ class Response:
         self._script = list(script)
         self._released = asyncio.Event()
         self.is_cancelled = False
+        self.is_sent = False
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self
@@ -145,13 +151,21 @@ class Response:
         item = self._script.pop(0)
         if isinstance(item, Hold):
             await self._released.wait()
+            if self.is_cancelled:
+                raise RequestCancelledError
             raise StopAsyncIteration
         if isinstance(item, BaseException):
             raise item
         return item
 
+    async def _fetch_future_result_async(self) -> None:
+        """As Serve sends it: in a turn of the loop of its own. Before it, `cancel` does nothing that lasts."""
+        await asyncio.sleep(0)
+        self.is_sent = True
+
     def cancel(self) -> None:
-        self.is_cancelled = True
+        self.is_cancelled = self.is_sent
+        self._released.set()
 
 
 @dataclass
@@ -190,8 +204,9 @@ class Handle:
     calls: list[GenerateCall] = field(default_factory=list)
     hints: list[RouteHint] = field(default_factory=list)
 
-    def options(self, *, stream: bool) -> Handle:
+    def options(self, *, stream: bool, _by_reference: bool) -> Handle:
         assert stream
+        assert not _by_reference, "tokens go over gRPC"
         return self
 
     @property

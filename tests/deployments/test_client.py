@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import grpc
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
+from deployments import client as client_module
 from deployments.client import MAX_DECODE_ATTEMPTS, DecodeClient
 from deployments.errors import BadRequest, DeadlineExceeded, InternalFault, NoCapacity, ReplicaLost, ServeError
 from deployments.messages import GenerateCall, RouteHint, TokenEvent
@@ -24,6 +27,7 @@ from tests.deployments.support import (
     Script,
     Selection,
     last,
+    lines_of,
     local_config,
     make_call,
     run,
@@ -31,12 +35,26 @@ from tests.deployments.support import (
     token,
 )
 
+
+def rpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details="member 4711")
+
+
 GONE: list[Callable[[], BaseException]] = [
     ActorDiedError,
     lambda: ActorUnavailableError("away", None),
     lambda: ReplicaUnavailableError("gone"),
     lambda: RayTaskError("generate", "traceback", ActorDiedError()).as_instanceof_cause(),
-    asyncio.CancelledError,  # as Ray reports a call that the replica itself cancelled
+    asyncio.CancelledError,  # as Serve reports a call that the replica itself cancelled
+    *(
+        partial(rpc_error, code)
+        for code in (
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.CANCELLED,
+            grpc.StatusCode.INTERNAL,
+            grpc.StatusCode.UNKNOWN,
+        )
+    ),
 ]
 
 
@@ -44,12 +62,21 @@ class Client:
     """A client over a scripted handle."""
 
     def __init__(
-        self, *scripts: Script, clock: Clock | None = None, kind: type[Handle] = Handle, **handle: Any
+        self,
+        *scripts: Script,
+        clock: Clock | None = None,
+        kind: type[Handle] = Handle,
+        dead: frozenset[str] = frozenset(),
+        **handle: Any,
     ) -> None:
         self.handle = kind(list(scripts), **handle)
         self.metrics = IngressMetrics()
         routing = local_config(routing={"choose_timeout_s": 0.05}).routing
-        self.client = DecodeClient(self.handle, routing, self.metrics, clock or time.monotonic)
+
+        async def is_dead(actor: str) -> bool:
+            return actor in dead
+
+        self.client = DecodeClient(self.handle, routing, self.metrics, clock or time.monotonic, is_dead)
 
     async def events(self, timeout_s: float = 5.0) -> list[TokenEvent]:
         return [event async for event in self.client.generate(make_call(timeout_s=timeout_s))]
@@ -188,6 +215,30 @@ def test_deadline_in_the_stream_cancels_the_call(script: Script) -> None:
     run(body)
 
 
+def test_silent_replica_that_ray_says_is_dead_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "SILENCE_S", 0.001)
+
+    async def body() -> None:
+        client = Client([Hold()], [token(1), last(2)], dead=frozenset({"actor of replica-0"}))
+        assert await client.events() == [token(1), last(2)]
+        assert client.num_retries == 1
+        client.handle.check_left_clean()
+        client = Client([token(1), Hold()], dead=frozenset({"actor of replica-0"}))
+        seen, _ = await client.fails(ReplicaLost)
+        assert seen == [token(1)]
+
+    run(body)
+
+
+def test_silent_replica_that_lives_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "SILENCE_S", 0.001)
+
+    async def body() -> None:
+        await Client([Hold()], dead=frozenset({"actor of replica-1"})).fails(DeadlineExceeded, timeout_s=0.05)
+
+    run(body)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -203,14 +254,25 @@ def test_pool_that_takes_no_more_is_no_capacity(error: Callable[[], BaseExceptio
     run(body)
 
 
-@pytest.mark.parametrize("cause", [ValueError("member 4711"), TimeoutError("member 4711")])
+@pytest.mark.parametrize(
+    "cause",
+    [
+        ValueError("member 4711"),
+        TimeoutError("member 4711"),
+        RayTaskError("generate", "traceback", ValueError("member 4711")).as_instanceof_cause(),
+        rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED),  # a message too large for any replica
+        rpc_error(grpc.StatusCode.UNAUTHENTICATED),
+    ],
+)
 def test_what_the_replica_raises_is_an_internal_fault_without_its_text(cause: Exception) -> None:
     async def body() -> None:
-        wrapped = RayTaskError("generate", "traceback", cause)
-        for script in ([wrapped], [wrapped.as_instanceof_cause()], [token(1), wrapped.as_instanceof_cause()]):
-            client = Client(script, [last(1)])
-            _, error = await client.fails(InternalFault)
+        for script in ([cause], [token(1), cause]):
+            client = Client(list(script), [last(1)])
+            with lines_of("ray.serve.zoneserve.client") as lines:
+                _, error = await client.fails(InternalFault)
             assert "4711" not in error.message
+            assert lines
+            assert not any("4711" in line for line in lines)
             assert client.num_retries == 0
 
     run(body)
@@ -297,6 +359,24 @@ def test_cancelled_while_choosing_nothing_is_dispatched() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert client.handle.calls == []
+        client.handle.check_left_clean()
+
+    run(body)
+
+
+def test_call_that_is_given_up_while_it_is_being_sent_is_cancelled() -> None:
+    """Serve's `cancel` forgets a call whose sending it has not seen through."""
+
+    async def body() -> None:
+        client = Client([token(1), Hold()])
+        task = asyncio.create_task(client.events())
+        while not client.handle.responses:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert not client.handle.responses[0].is_sent
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert client.handle.responses[0].is_cancelled
         client.handle.check_left_clean()
 
     run(body)

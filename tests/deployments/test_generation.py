@@ -158,7 +158,7 @@ class TestSeveralChoices:
             ([token(1)], InternalFault),
             ([token(1), ActorDiedError()], ReplicaLost),
             ([token(1), asyncio.CancelledError()], ReplicaLost),
-            ([token(1), KeyError("unforeseen")], KeyError),
+            ([token(1), KeyError("unforeseen")], InternalFault),
         ],
     )
     def test_one_choice_that_fails_ends_all(self, script: Script, kind: type[Exception]) -> None:
@@ -174,10 +174,9 @@ class TestSeveralChoices:
     def test_choice_cancelled_from_outside_does_not_leave_the_reader_waiting(self) -> None:
         async def body() -> None:
             service = Service([Hold()], [Hold()])
-            before = asyncio.all_tasks()
             reading = asyncio.create_task(collect(service.stream(2)))
             await settle()
-            (drain, *_) = asyncio.all_tasks() - before - {reading}
+            (drain, *_) = [task for task in asyncio.all_tasks() if "drain" in repr(task.get_coro())]
             drain.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reading

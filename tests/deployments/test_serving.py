@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -139,6 +140,20 @@ def test_streaming_sends_one_token_a_chunk_and_the_same_text(clean_deployment: D
     assert usage == whole["usage"]
     assert len([delta for delta in deltas if "content" in delta]) == usage["completion_tokens"]
     assert [event["choices"][0]["finish_reason"] for event in events if event["choices"]][-1] == "length"
+
+
+@pytest.mark.parametrize(("caller", "role"), [("ProxyActor", "ingress"), ("zoneserve:ingress", "decode")])
+def test_a_tokens_hops_go_over_grpc(caller: str, role: str, clean_deployment: Deployment) -> None:
+    """Over Ray the answer would be the same, and cost three times as much."""
+    assert chat(clean_deployment, "hi").status_code == 200
+    handle = clean_deployment.handle(role)
+    clean_deployment.wait_until(handle.running_replicas_populated, 10.0)
+    replicas = handle._router._asyncio_router.request_router.curr_replicas.values()
+    ports = {replica._replica_info.port for replica in replicas}
+    (process,) = [p for p in psutil.Process().children(recursive=True) if caller in " ".join(p.cmdline())]
+    peers = {c.raddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED}
+    assert ports
+    assert ports <= peers
 
 
 def test_n_choices_and_logprobs(clean_deployment: Deployment) -> None:

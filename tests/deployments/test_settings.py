@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deployments.settings import prepare_ray_environment, read_settings
+from deployments.app import REPLICA_ENVIRONMENT
+from deployments.settings import SERVE_TRANSPORT, prepare_ray_environment, read_settings
 
 ROOT = Path(__file__).parents[2]
 # Sets the transport's variables before its library is imported.
@@ -66,6 +67,13 @@ def test_ray_finds_this_interpreters_tools_and_keeps_what_is_set(monkeypatch: py
     assert os.environ["PATH"] == f"{Path(sys.executable).parent}{os.pathsep}/usr/bin"
     assert os.environ["RAY_DEDUP_LOGS"] == "0"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_serves_processes_get_their_transport(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin"})
+    prepare_ray_environment()
+    assert SERVE_TRANSPORT.items() <= os.environ.items()
+    assert SERVE_TRANSPORT.items() <= REPLICA_ENVIRONMENT.items()
 
 
 def test_preparing_twice_changes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.calls import is_dead
 from deployments.review_client import sample_files
 from tests.conformance.greedy import NUM_OUTPUT_TOKENS
 from tests.local_deployment import Deployment
@@ -103,6 +105,23 @@ def test_a_client_that_leaves_while_decoding_leaves_nothing(clean_deployment: De
     clean_deployment.assert_clean()
 
 
+def test_tokens_of_every_stream_arrive_while_the_engine_decodes_and_may_be_left_at_any_of_them(
+    clean_deployment: Deployment, greedy_prompts
+) -> None:
+    """Eight streams at once: none waits for its end, and none leaves anything, whatever was on its way to it."""
+    clients = [
+        Client(clean_deployment, long_prompt(greedy_prompts, 20, shift=20 * index), max_tokens=400)
+        for index in range(8)
+    ]
+    for client in clients:
+        client.read_until(1)
+    assert clean_deployment.stats("decode")["running"] == len(clients)
+    for index, client in enumerate(clients):
+        client.read_until(2 + index)
+        client.leave()
+    clean_deployment.assert_clean()
+
+
 def test_a_client_that_leaves_during_prefill_leaves_nothing(clean_deployment: Deployment, greedy_prompts) -> None:
     client = Client(clean_deployment, long_prompt(greedy_prompts, 1500))
     clean_deployment.wait_until(lambda: clean_deployment.stats("prefill")["running"] == 1, 10.0)
@@ -185,10 +204,13 @@ def test_prefill_killed_during_the_push_gives_the_right_answer(
 def test_decode_killed_mid_request_ends_in_an_error_and_comes_back(
     clean_deployment: Deployment, greedy_prompts, greedy_oracle
 ) -> None:
+    (actor,) = actors_of(clean_deployment, "decode")
     client = Client(clean_deployment, long_prompt(greedy_prompts, 300))
     client.read_until(3)
+    assert not asyncio.run(is_dead(actor))
     os.kill(process_of(clean_deployment, "decode"), signal.SIGKILL)
     answer = client.read_all()
+    clean_deployment.wait_until(lambda: asyncio.run(is_dead(actor)), 10.0)
     assert b"replica_lost" in answer
     assert b'"finish_reason":"stop"' not in answer
     assert b'"finish_reason":"length"' not in answer
@@ -224,6 +246,14 @@ def fallbacks(deployment: Deployment) -> Counter[str]:
             if sample.name == "zoneserve_local_prefill_fallbacks_total"
         }
     )
+
+
+def actors_of(deployment: Deployment, role: str) -> list[str]:
+    """Ray's names of a pool's replicas, as the pool's callers are told."""
+    handle = deployment.handle(role)
+    deployment.wait_until(handle.running_replicas_populated, 10.0)
+    replicas = handle._router._asyncio_router.request_router.curr_replicas.values()
+    return [replica.replica_metadata["actor"] for replica in replicas]
 
 
 def process_of(deployment: Deployment, role: str) -> int:

@@ -91,6 +91,9 @@ class Response:
             raise item
         return item
 
+    async def _fetch_future_result_async(self) -> None:
+        """The call is sent as soon as it is made."""
+
     def cancel(self) -> None:
         if not self._network.happens(self._network.loses_cancel):
             asyncio.get_running_loop().call_later(self._network.lag_s(), self._task.cancel)
@@ -149,9 +152,10 @@ class PrefillHandle:
         self.replicas: list[ServedReplica] = []
         self.counts: Counter[str] = Counter()
         self.watch: Watch = lambda response, event: None
+        self.is_over_ray = False  # only then is an ActorDiedError of a call Ray's word
 
-    def options(self, *, stream: bool) -> PrefillHandle:
-        assert stream
+    def options(self, *, stream: bool = False, _by_reference: bool = False) -> PrefillHandle:
+        self.is_over_ray |= _by_reference
         return self
 
     @property
@@ -163,11 +167,13 @@ class PrefillHandle:
         return _Choice(self)
 
     def dispatch(self, selection: Selection, call: PrefillCall) -> Response:
+        assert self.is_over_ray
         self.counts["dispatched"] += 1
         return Response(self.network, selection.served, call, lambda response, event: self.watch(response, event))
 
     def broadcast(self, method: str, *args: Any) -> _Broadcast:
         assert method == "settle"
+        assert self.is_over_ray
         self.counts["settle"] += 1
         return _Broadcast(self, args)
 

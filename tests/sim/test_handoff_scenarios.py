@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import grpc
 import pytest
+from ray.exceptions import ActorUnavailableError
+from ray.serve.exceptions import ReplicaUnavailableError
 
 from deployments.messages import FirstToken, PrefillCall, PrefillDone, PrefillEvent, PrefillRefused
 from engine.zone import PUBLIC, ZoneSpan
@@ -197,6 +200,36 @@ def test_prefill_that_dies_with_every_event_lost_is_made_good() -> None:
     on_a_cluster(body)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ActorUnavailableError("away", None),
+        grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata()),
+    ],
+)
+def test_prefill_that_cannot_be_reached_may_still_write_so_blocks_wait_for_their_fence(error: Exception) -> None:
+    """Only an ActorDiedError says that it is dead."""
+
+    async def body(cluster: Cluster) -> None:
+        decode = cluster.decode.host._engine
+        cluster.fabric.stall(cluster.decode.connector.name)
+        cluster.network.loses_settle = 1.0
+        answer, task = cluster.ask(PROMPT)
+        await asyncio.sleep(0.04)
+        cluster.prefill.responses[0]._send(error)
+        await task
+        assert answer.provenance is not None
+        assert answer.provenance.origins["decode_computed"] == 30
+        await asyncio.sleep(60.0)
+        assert decode.stats().blocks_quarantined == NUM_BLOCKS
+        cluster.network.loses_settle = 0.0
+        cluster.fabric.resume(cluster.decode.connector.name)
+        await cluster.come_to_rest()
+        assert "peer_gone" not in cluster.fences()
+
+    on_a_cluster(body)
+
+
 def test_prefill_that_gives_a_call_up_is_made_good() -> None:
     """Serve reports it like a cancellation, and nobody here has cancelled anything."""
 
@@ -309,6 +342,18 @@ def test_no_prefill_replica_is_made_good_within_the_wait_for_one() -> None:
     async def body(cluster: Cluster) -> None:
         cluster.kill_prefill(cluster.prefill, replacement_s=60.0)
         assert_recomputed(cluster, await cluster.answer(PROMPT), "no_prefill_replica")
+
+    on_a_cluster(body)
+
+
+def test_prefill_replica_that_is_gone_when_dispatched_to_is_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def sending_fails(response: Response) -> None:
+        response.cancel()
+        raise ReplicaUnavailableError("gone")
+
+    async def body(cluster: Cluster) -> None:
+        monkeypatch.setattr(Response, "_fetch_future_result_async", sending_fails)
+        assert_recomputed(cluster, await cluster.answer(PROMPT), "prefill_unavailable")
 
     on_a_cluster(body)
 
