@@ -47,11 +47,11 @@ class Zone:
                 return PUBLIC
             case ["ephemeral"]:
                 return EPHEMERAL
-            case ["tenant", tenant, "plan", name] if _is_name(tenant) and _is_name(name):
+            case ["tenant", tenant, "plan", name] if is_zone_name(tenant) and is_zone_name(name):
                 return Zone(ZoneKind.PLAN, tenant, name)
-            case ["tenant", tenant, "case", name] if _is_name(tenant) and _is_name(name):
+            case ["tenant", tenant, "case", name] if is_zone_name(tenant) and is_zone_name(name):
                 return Zone(ZoneKind.CASE, tenant, name)
-            case ["tenant", tenant, "mixed"] if _is_name(tenant):
+            case ["tenant", tenant, "mixed"] if is_zone_name(tenant):
                 return Zone(ZoneKind.MIXED, tenant)
         raise ValueError(f"not a zone path: {path!r}")
 
@@ -93,7 +93,8 @@ class Zone:
         return self.path
 
 
-def _is_name(name: str) -> bool:
+def is_zone_name(name: str) -> bool:
+    """True for what may stand for a tenant, a plan or a case in a path."""
     return _NAME.fullmatch(name) is not None and ".." not in name
 
 

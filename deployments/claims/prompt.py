@@ -90,28 +90,28 @@ def assemble(
 ) -> LabelledPrompt:
     """The prompt for one review.
 
-    The segments before the last depend on tenant and plan alone, byte for byte.
+    The segments before the last are the `shared_segments`, byte for byte the same for every claim.
 
     Raises:
         ValueError: The tenant or the plan is no zone name.
     """
-    plan_zone = Zone.parse(f"tenant/{tenant}/plan/{plan.name}").path
     case_zone = Zone.parse(f"tenant/{tenant}/case/{case_name(claim)}").path
+    case = Segment("case", case_zone, case_text(claim, findings, history), "user", claim.digest, "claim")
+    return LabelledPrompt((*shared_segments(tenant, plan), case))
+
+
+def shared_segments(tenant: str, plan: Plan) -> tuple[Segment, ...]:
+    """What stands before the case: the public system text, the plan's rubric and policies.
+
+    Raises:
+        ValueError: The tenant or the plan is no zone name.
+    """
+    zone = Zone.parse(f"tenant/{tenant}/plan/{plan.name}").path
     folder = f"plans/{plan.name}"
-    return LabelledPrompt(
-        (
-            Segment("system", PUBLIC.path, _system_text(), "system", SYSTEM_REVISION, "prompts/system.md"),
-            Segment("rubric", plan_zone, plan.rubric, "system", plan.rubric_revision, f"{folder}/rubric.md"),
-            Segment(
-                "policies",
-                plan_zone,
-                plan.policies,
-                "system",
-                plan.policy_pack_revision,
-                f"{folder}/policy_pack.md",
-            ),
-            Segment("case", case_zone, case_text(claim, findings, history), "user", claim.digest, "claim"),
-        )
+    return (
+        Segment("system", PUBLIC.path, _system_text(), "system", SYSTEM_REVISION, "prompts/system.md"),
+        Segment("rubric", zone, plan.rubric, "system", plan.rubric_revision, f"{folder}/rubric.md"),
+        Segment("policies", zone, plan.policies, "system", plan.policy_pack_revision, f"{folder}/policy_pack.md"),
     )
 
 
