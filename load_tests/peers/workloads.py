@@ -69,9 +69,7 @@ TARGETS = (
     _engine("decode_b16_c2048", "vllm", 1.5),
     _engine("prefill_512", "vllm", 1.1),
     _engine("prefill_2048", "vllm", 1.2),
-    Target(
-        "HTTP, 16 streams at once, one pool, tokens/s", _HTTP_THROUGHPUT, "vllm", 1.5, ours="ours_monolithic"
-    ),
+    Target("HTTP, 16 streams at once, one pool, tokens/s", _HTTP_THROUGHPUT, "vllm", 1.5, ours="ours_monolithic"),
     Target("HTTP, 16 streams at once, two pools, tokens/s", _HTTP_THROUGHPUT, "vllm", 1.5),
     Target("peak memory of one process", ("memory", "peak_mib"), "vllm", 0.5, is_ceiling=True),
 )
