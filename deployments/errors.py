@@ -11,6 +11,7 @@ ServeError
 ├── UnsupportedMedia 415
 ├── OverCapacity 429        this caller, or the ingress, has too much in flight
 ├── NoCapacity 503          no replica could take it within the named wait
+├── AuditUnavailable 503    the audit log cannot be written, and private work is refused until it can
 ├── ReplicaLost 503         a replica died and the request could not go on
 ├── DeadlineExceeded 504
 └── InternalFault 500
@@ -86,6 +87,10 @@ class OverCapacity(ServeError):
 
 class NoCapacity(ServeError):
     status, code = 503, "no_capacity"
+
+
+class AuditUnavailable(ServeError):
+    status, code = 503, "audit_unavailable"
 
 
 class ReplicaLost(ServeError):

@@ -49,6 +49,7 @@ def test_statuses_are_those_of_the_contract() -> None:
         "UnsupportedMedia": 415,
         "OverCapacity": 429,
         "NoCapacity": 503,
+        "AuditUnavailable": 503,
         "ReplicaLost": 503,
         "DeadlineExceeded": 504,
         "InternalFault": 500,
