@@ -1,4 +1,4 @@
-"""Bearer keys from a file -> principal -> tenant and zone. Keys are stored as SHA-256 only."""
+"""Who calls: principals, and the bearer keys of a file that name one. Keys are stored as SHA-256 only."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from engine.zone import EPHEMERAL, Zone, ZoneKind
+from engine.zone import EPHEMERAL, Zone, ZoneKind, is_zone_name
 
 MAX_KEYS = 10_000
+MAX_KEY_FILE_BYTES = 8 << 20
+MAX_ROLES = 32  # of one principal
+MAX_CASES = 256  # that one principal owns
 MAX_BEARER_CHARS = 512
 KEY_PREFIX = "zs-"
 LOCAL_PRINCIPAL = "local-reviewer"
@@ -26,20 +30,51 @@ class KeyFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """An authenticated caller. `zone` is where its unlabelled prompts go."""
+    """An authenticated caller.
+
+    `zone` is where its unlabelled prompts go: ephemeral or a case that it owns. `cases` are the further case zones that
+    it owns. Both lie in its tenant.
+    """
 
     name: str
     tenant: str
     zone: Zone
+    roles: frozenset[str] = frozenset()
+    cases: frozenset[Zone] = frozenset()
+
+    def owns(self, zone: Zone) -> bool:
+        """True for a case of this principal's."""
+        return zone.kind is ZoneKind.CASE and zone.tenant == self.tenant and (zone == self.zone or zone in self.cases)
+
+
+def require_name(name: str) -> str:
+    """The name itself, if it may stand in a zone path: principals, tenants, roles and cases are all named so.
+
+    Raises:
+        ValueError: It may not. The message does not repeat it.
+    """
+    if not is_zone_name(name):
+        raise ValueError("a name is 1 to 64 of a-z, 0-9, '_', '.' and '-', begins with a letter or digit, has no '..'")
+    return name
+
+
+Name = Annotated[str, AfterValidator(require_name)]
+
+
+def case_zones(tenant: str, cases: list[str]) -> frozenset[Zone]:
+    """Zones of a tenant's cases by name; both were checked."""
+    return frozenset(Zone(ZoneKind.CASE, tenant, case) for case in cases)
 
 
 class _KeyEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    principal: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
-    tenant: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
+    principal: Name
+    tenant: Name
     zone: str = "ephemeral"
+    roles: list[Name] = Field(default=[], max_length=MAX_ROLES)
+    cases: list[Name] = Field(default=[], max_length=MAX_CASES)
 
     @field_validator("zone")
     @classmethod
@@ -75,20 +110,24 @@ class Principals:
             digest = bytes.fromhex(entry.sha256)
             if digest in by_digest:
                 raise KeyFileError(f"{path}: {entry.principal}: the same key is listed twice")
-            by_digest[digest] = Principal(entry.principal, entry.tenant, zone)
+            cases = case_zones(entry.tenant, entry.cases)
+            by_digest[digest] = Principal(entry.principal, entry.tenant, zone, frozenset(entry.roles), cases)
         return Principals(by_digest)
 
     def authenticate(self, authorization: str | None) -> Principal | None:
-        """Principal of an `Authorization` header; None where there is none or it is wrong.
+        """Principal of an `Authorization` header; None where there is none or it is wrong."""
+        key = bearer_credential(authorization)
+        return self.find(key) if key is not None else None
+
+    def find(self, key: str) -> Principal | None:
+        """Principal of a key; None for one that is not listed, or is too long to be.
 
         The presented key is hashed first, so what a timing could show is a digest, not a key; all
         digests are compared in constant time.
         """
-        scheme, _, key = (authorization or "").partition(" ")
-        key = key.strip()
-        if scheme.lower() != "bearer" or not key or len(key) > MAX_BEARER_CHARS:
+        if len(key) > MAX_BEARER_CHARS:
             return None
-        presented = hashlib.sha256(key.encode()).digest()
+        presented = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         found = None
         for digest, principal in self._by_digest.items():
             if hmac.compare_digest(digest, presented):
@@ -96,10 +135,20 @@ class Principals:
         return found
 
 
+def bearer_credential(authorization: str | None) -> str | None:
+    """What follows `Bearer` in an `Authorization` header; None where there is nothing or another scheme."""
+    scheme, _, credential = (authorization or "").partition(" ")
+    credential = credential.strip()
+    return credential if scheme.lower() == "bearer" and credential else None
+
+
 def _read_entries(path: Path) -> list[_KeyEntry]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _KeyFile.model_validate(document).keys
+        with path.open("rb") as file:
+            data = file.read(MAX_KEY_FILE_BYTES + 1)
+        if len(data) > MAX_KEY_FILE_BYTES:
+            raise KeyFileError(f"{path}: larger than {MAX_KEY_FILE_BYTES} bytes")
+        return _KeyFile.model_validate(yaml.safe_load(data.decode())).keys
     except OSError as error:
         raise KeyFileError(f"{path}: {error.strerror or error}") from error
     except ValidationError as error:

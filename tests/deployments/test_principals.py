@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from deployments.trust.principals import (
     KEY_PREFIX,
     MAX_BEARER_CHARS,
+    MAX_CASES,
+    MAX_KEY_FILE_BYTES,
+    MAX_ROLES,
     KeyFileError,
+    Principal,
     Principals,
     create_missing_keys,
     read_master_key,
@@ -73,6 +77,35 @@ def test_header_without_the_key_names_nobody(tmp_path: Path, header: str | None)
 @pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer {KEY}", f"BEARER   {KEY} "])
 def test_scheme_is_case_insensitive_and_space_is_forgiven(tmp_path: Path, header: str) -> None:
     assert principals(tmp_path, entry()).authenticate(header) is not None
+
+
+def test_key_may_have_roles_and_several_cases(tmp_path: Path) -> None:
+    known = principals(tmp_path, entry(roles=["reviewer", "zone-admin"], cases=["c-1", "c-2"]))
+    ann = known.authenticate(f"Bearer {KEY}")
+    assert ann is not None
+    assert ann.roles == {"reviewer", "zone-admin"}
+    assert ann.cases == {Zone.parse("tenant/acme/case/c-1"), Zone.parse("tenant/acme/case/c-2")}
+    assert ann.zone == EPHEMERAL
+
+
+def test_principal_owns_its_zone_and_its_cases_and_nothing_else() -> None:
+    mine, other = Zone.parse("tenant/acme/case/c-1"), Zone.parse("tenant/acme/case/c-2")
+    foreign = Zone.parse("tenant/rival/case/c-1")
+    ann = Principal("ann", "acme", mine, cases=frozenset({other}))
+    assert ann.owns(mine)
+    assert ann.owns(other)
+    not_hers = ("tenant/acme/case/c-3", foreign.path, "tenant/acme/plan/p", "tenant/acme/mixed", "public", "ephemeral")
+    assert not any(ann.owns(Zone.parse(path)) for path in not_hers)
+    plan = Zone.parse("tenant/acme/plan/p")
+    assert not Principal("ann", "acme", plan, cases=frozenset({plan})).owns(plan)
+    assert not Principal("ann", "acme", foreign, cases=frozenset({foreign})).owns(foreign)
+
+
+def test_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_bytes(b"keys: []\n#" + b"#" * MAX_KEY_FILE_BYTES)
+    with pytest.raises(KeyFileError, match=r"keys\.yaml: larger than"):
+        Principals.from_file(path)
 
 
 def test_file_without_keys_lets_nobody_in(tmp_path: Path) -> None:
@@ -139,6 +172,12 @@ def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         ({"keys": [entry(principal="Ann Smith")]}, "keys.0.principal"),
         ({"keys": [entry(tenant="")]}, "keys.0.tenant"),
         ({"keys": [entry(tenant="a/case/b")]}, "keys.0.tenant"),
+        ({"keys": [entry(tenant="a..b")]}, "keys.0.tenant"),
+        ({"keys": [entry(roles=["Reviewer"])]}, "keys.0.roles.0"),
+        ({"keys": [entry(roles="reviewer")]}, "keys.0.roles"),
+        ({"keys": [entry(roles=["r"] * (MAX_ROLES + 1))]}, "keys.0.roles"),
+        ({"keys": [entry(cases=["tenant/other/case/c"])]}, "keys.0.cases.0"),
+        ({"keys": [entry(cases=["c"] * (MAX_CASES + 1))]}, "keys.0.cases"),
         ({"keys": [entry(zone="nowhere")]}, "keys.0.zone: Value error, not a zone path"),
         ({"keys": [entry(zone="public")]}, "keys.0.zone"),
         ({"keys": [entry(zone="tenant/acme/plan/p")]}, "keys.0.zone"),
@@ -232,12 +271,14 @@ class TestCreateMissingKeys:
         create_missing_keys(*paths)
         lost = client_key_file.read_text(encoding="utf-8").strip()
         document = yaml.safe_load(keys_file.read_text(encoding="utf-8"))
-        document["keys"].append(entry(zone="tenant/acme/case/c-1"))
+        document["keys"].append(entry(zone="tenant/acme/case/c-1", roles=["reviewer"], cases=["c-2"]))
         write_yaml(keys_file, document)
         client_key_file.unlink()
         create_missing_keys(*paths)
         known = Principals.from_file(keys_file)
-        assert known.authenticate(f"Bearer {KEY}") is not None
+        kept = known.authenticate(f"Bearer {KEY}")
+        assert kept is not None
+        assert (kept.roles, kept.cases) == ({"reviewer"}, {Zone.parse("tenant/acme/case/c-2")})
         assert known.authenticate(f"Bearer {client_key_file.read_text(encoding='utf-8').strip()}") is not None
         assert known.authenticate(f"Bearer {lost}") is None
 
