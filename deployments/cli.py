@@ -1,20 +1,28 @@
-"""The `zoneserve` command: fetch a model, serve, review claim files, check configurations and manifests."""
+"""The `zoneserve` command: fetch a model, serve, review claims, check, publish what is shared, read the audit log."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from deployments.config import BUNDLED, ConfigError, ZoneserveConfig, find_config, load_config
+from deployments.config import BUNDLED, ConfigError, ZoneserveConfig, find_config, load_config, shipped_names
 from deployments.settings import read_settings
+from deployments.trust.audit.cli import audit_app
+from deployments.trust.zone_cli import zone_app
 from engine.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from deployments.local import Endpoint
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,14 +34,17 @@ model_app = typer.Typer(no_args_is_help=True, help="Models in the local cache.")
 cluster_app = typer.Typer(no_args_is_help=True, help="Kubernetes manifests.")
 app.add_typer(model_app, name="model")
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(zone_app, name="zone")
+app.add_typer(audit_app, name="audit")
 
 out = Console()
 err = Console(stderr=True)
 
-CONFIG_HELP = "The deployment's YAML file, or the name of a shipped one: local, local-monolithic."
+CONFIG_HELP = f"The deployment's YAML file, or the name of a shipped one: {', '.join(shipped_names())}."
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help=CONFIG_HELP)]
 PortOption = Annotated[int | None, typer.Option("--port", "-p", min=1, max=65535, help="Overrides ingress.port.")]
 LOCAL_CONFIG = BUNDLED / "local.yaml"
+HEALTH_TIMEOUT_S = 10.0
 
 
 def main() -> None:
@@ -72,6 +83,7 @@ def serve(config: ConfigOption = LOCAL_CONFIG, port: PortOption = None) -> None:
             endpoint = stack.enter_context(local_deployment(settings))
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets handlers of its own
             signal.signal(number, lambda *_: stop.set())
+        _say_fallbacks(endpoint, settings)
         out.print(f"serving [bold]{settings.model.served_name}[/] at {endpoint.url}", highlight=False)
         out.print(
             f"bearer key: {CLIENT_KEY_FILE}   metrics: {endpoint.url}/metrics   stop: Ctrl-C",
@@ -108,6 +120,7 @@ def review(
             settings = _with_port(load_config(find_config(config)), port)
             with out.status(f"starting the deployment (Ray, ingress and engine replicas, {settings.mode})"):
                 endpoint = stack.enter_context(local_deployment(settings))
+            _say_fallbacks(endpoint, settings)
         is_complete = review_files(files_read, endpoint, out_dir, out)
     raise typer.Exit(0 if is_complete else 1)
 
@@ -143,6 +156,30 @@ def cluster_check(
         out.print(table)
         raise typer.Exit(1)
     out.print(f"{target}: no findings", highlight=False, soft_wrap=True)
+
+
+def _say_fallbacks(endpoint: Endpoint, settings: ZoneserveConfig) -> None:
+    try:
+        health = httpx.get(f"{endpoint.url}/health", timeout=HEALTH_TIMEOUT_S).raise_for_status().json()
+    except (httpx.HTTPError, ValueError):  # it was healthy a moment ago; whoever uses it next says what is wrong
+        return
+    if (line := fallback_line(health["pools"], settings.engine.backend)) is not None:
+        err.print(f"[bold yellow]warning:[/] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def fallback_line(pools: Mapping[str, Sequence[Mapping[str, object]]], backend: str) -> str | None:
+    """Why `pools`, as /health shows them, compute on torch and not on the configured backend; None where they do not.
+
+    Pools that give the same reason are named together.
+    """
+    roles: dict[str, list[str]] = {}
+    for role, replicas in pools.items():
+        for reason in sorted({str(state["backend_fallback"]) for state in replicas if state["backend_fallback"]}):
+            roles.setdefault(reason, []).append(role)
+    if not roles:
+        return None
+    reasons = "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in roles.items())
+    return f"torch computes instead of the {backend} backend ({reasons})"
 
 
 def _read_key(path: Path) -> str:

@@ -160,10 +160,22 @@ def require_context(config: ZoneserveConfig, max_position: int) -> None:
         raise ConfigError(f"model.max_model_len: {asked} tokens are more than the {max_position} of the checkpoint")
 
 
+def shipped_names() -> list[str]:
+    """Of the configurations that come with the package."""
+    return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
+
+
 def find_config(name: Path) -> Path:
-    """`name` itself, unless it is no file but the name of a shipped configuration, for example `local-monolithic`."""
-    shipped = BUNDLED / f"{name.name}.yaml"
-    return shipped if name.parent == Path() and not name.exists() and shipped.is_file() else name
+    """`name` itself, unless it is no file but the name of a shipped configuration, for example `local-monolithic`.
+
+    Raises:
+        ConfigError: Neither; a name is a bare word without an ending. The message lists those that are shipped.
+    """
+    if name.parent != Path() or name.suffix or name.exists():
+        return name
+    if name.name not in shipped_names():
+        raise ConfigError(f"{name}: neither a file nor a shipped configuration, which are {', '.join(shipped_names())}")
+    return BUNDLED / f"{name.name}.yaml"
 
 
 def load_config(path: Path) -> ZoneserveConfig:

@@ -1,9 +1,9 @@
 """Cost of choosing the tokens of one step: B rows, beside the decode step of the same batch.
 
-Logits, contexts and the step are the model's own. Prints two tables and, last, one line of JSON. Counts come first:
-how many grammar masks were ready when the logits were, and how many the rows had to wait for. Then milliseconds for
-the whole batch, medians: of the sampler alone, and of forward pass and sampler together with the masks computed
-on demand and ahead.
+Contexts and the step are the model's own. Prints three tables and, last, one line of JSON. Counts come first: how many
+grammar masks were ready when the logits were, and how many the rows had to wait for. Then milliseconds for the whole
+batch, medians: of the sampler alone, on the model's logits and on rows in which no token stands out, where a nucleus
+holds most of the vocabulary; and of forward pass and sampler together with the masks computed on demand and ahead.
 
     python -m load_tests.bench_sampler --threads 1
 """
@@ -36,6 +36,7 @@ BATCH_SIZE = 16
 CONTEXT_TOKENS = 512
 BLOCK_SIZE = 16
 STEPS_OF_ANSWER = 12
+FLAT_DEVIATION = 0.5  # of the logits of flat rows
 
 TEXT = (
     "The claim lists two lines for the same procedure on one day. The reviewer asks for the records of visit {row}. "
@@ -148,9 +149,13 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def measure_sampler(model: Model, chooser: RowChooser, repeats: int) -> dict[str, float]:
+def flat_logits(vocab_size: int) -> torch.Tensor:
+    """(B, V), normal."""
+    return FLAT_DEVIATION * torch.randn(BATCH_SIZE, vocab_size, generator=torch.Generator().manual_seed(0))
+
+
+def measure_sampler(model: Model, logits: torch.Tensor, chooser: RowChooser, repeats: int) -> dict[str, float]:
     """Milliseconds of `Sampler.sample` for each case; grammar masks are ready."""
-    logits = model.step()
     found = {}
     for case, sampling in CASES.items():
         sampler = Sampler(model.tokenizer, chooser)
@@ -218,16 +223,16 @@ def choosers(names: list[str]) -> dict[str, RowChooser]:
 
 
 def table(report: dict[str, Any]) -> str:
-    names = list(report["sampler_ms"])
     lines = [
         f"B={BATCH_SIZE}, context {CONTEXT_TOKENS}: step {report['step_ms']:.2f} ms ({report['arithmetic']}, "
         f"{report['threads']} threads); 5 % of it is {report['step_ms'] / 20:.2f} ms",
-        f"{'sampler, ms':<32}" + "".join(f"{name:>10}" for name in names) + f"{'share':>9}",
     ]
-    for case in CASES:
-        values = [report["sampler_ms"][name][case] for name in names]
-        share = values[-1] / report["step_ms"]
-        lines.append(f"{case:<32}" + "".join(f"{value:>10.3f}" for value in values) + f"{share:>9.1%}")
+    for title, by_name in (("sampler, ms", report["sampler_ms"]), ("on flat rows, ms", report["flat_ms"])):
+        lines += ["", f"{title:<32}" + "".join(f"{name:>10}" for name in by_name) + f"{'share':>9}"]
+        for case in CASES:
+            values = [found[case] for found in by_name.values()]
+            share = values[-1] / report["step_ms"]
+            lines.append(f"{case:<32}" + "".join(f"{value:>10.3f}" for value in values) + f"{share:>9.1%}")
     lines += ["", f"{'step with masks, ms':<32}{'on demand':>10}{'ahead':>10}{'p95':>10}{'p95':>10}{'ready':>9}"]
     for case, row in report["masks"].items():
         ready = row["masks"]["ahead"]
@@ -252,12 +257,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = Model.load(resolve(options.model), options.backend)
     implementations = choosers(options.choosers)
+    logits = model.step()
+    flat = flat_logits(logits.shape[1])
     report = {
         "threads": options.threads,
         "arithmetic": model.runner.arithmetic,
         "repeats": options.repeats,
         "step_ms": round(median_ms(model.step, options.repeats), 3),
-        "sampler_ms": {name: measure_sampler(model, each, options.repeats) for name, each in implementations.items()},
+        "sampler_ms": {
+            name: measure_sampler(model, logits, each, options.repeats) for name, each in implementations.items()
+        },
+        "flat_ms": {
+            name: measure_sampler(model, flat, each, options.repeats) for name, each in implementations.items()
+        },
         "masks": measure_masks(model, implementations[options.choosers[-1]], max(1, options.repeats // 5)),
     }
     print(table(report))

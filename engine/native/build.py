@@ -1,7 +1,8 @@
 """Compiles the kernels for this CPU at first use, keeps the library, loads it.
 
-A library is kept under a hash of all that decides it: sources, flags, compiler, CPU. Its last 32 bytes are the
-SHA-256 of the others, since the loader may crash on a damaged one.
+A library is kept under a hash of sources, flags and CPU. Behind it in its file stand the version of the compiler that
+made it, and the SHA-256 of all that, since the loader may crash on a damaged one. Another compiler makes it anew; where
+there is none, the library serves as it is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ LOCK_TIMEOUT_S = 600.0
 VERSION_TIMEOUT_S = 30.0
 MAX_ERROR_CHARS = 300
 _NOT_STARTED = (126, 127)  # what env answers then
+_SEPARATOR = b"\0"
+_DIGEST_BYTES = 32
 KERNELS_DIR = Path(__file__).parent / "kernels"
 
 _COMMON_FLAGS = (
@@ -70,24 +73,29 @@ def load_kernels(
         kernels_dir: Of `engine.cpp` and its headers.
 
     Raises:
-        NativeUnavailable: No compiler, a compilation that fails, or a CPU without the instruction set.
+        NativeUnavailable: No compiler and no library in the cache, a compilation that fails, or a CPU without the
+            instruction set.
         ValueError: An unknown instruction set.
     """
     cpu = _read_cpu()
     name = _choose(instruction_set, cpu)
-    compiler = shutil.which(COMPILER)
-    if compiler is None:
-        raise NativeUnavailable(f"no {COMPILER} on the PATH to compile its kernels")
     flags = (*_COMMON_FLAGS, *INSTRUCTION_SETS[name].compiler_flags)
+    path = cache_dir / f"{name}-{_key(kernels_dir, flags, cpu.model_name)}.so"
+    try:
+        compiler = find_compiler()
+    except NativeUnavailable:
+        found = _load_without_compiler(path, name)
+        if found is None:
+            raise
+        return found
     job = _Job(compiler, flags, kernels_dir, name)
-    path = cache_dir / f"{name}-{job.key(cpu.model_name)}.so"
     try:
         private_directory(cache_dir)
-        found = _load_cached(path, name)
+        found = _load_cached(path, name, compiler.version)
         if found is not None:
             return found
         with file_lock(path.with_suffix(".lock"), LOCK_TIMEOUT_S):
-            return _load_cached(path, name, is_locked=True) or job.compile_to(path)
+            return _load_cached(path, name, compiler.version, warns=True) or job.compile_to(path)
     except OSError as error:
         logger.warning("the compiled kernels cannot be stored and are compiled for this process alone (%s)", error)
     try:
@@ -97,22 +105,21 @@ def load_kernels(
 
 
 @dataclass(frozen=True, slots=True)
+class Compiler:
+    """`version`: the first line that it says of itself."""
+
+    path: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     """One compilation."""
 
-    compiler: str
+    compiler: Compiler
     flags: tuple[str, ...]
     kernels_dir: Path
     instruction_set: str
-
-    def key(self, cpu_model: str) -> str:
-        parts = [text.encode() for text in (self._version(), cpu_model, *self.flags)]
-        for source in sorted((*self.kernels_dir.glob("*.h"), *self.kernels_dir.glob("*.cpp"))):
-            parts += [source.name.encode(), source.read_bytes()]
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(len(part).to_bytes(8, "little") + part)
-        return digest.hexdigest()[:32]
 
     def compile_to(self, path: Path | None) -> ctypes.CDLL:
         """Compile, load, and keep the library at `path`, or nowhere.
@@ -124,9 +131,7 @@ class _Job:
         with tempfile.TemporaryDirectory(dir=None if path is None else path.parent, prefix=".compile-") as scratch:
             made = Path(scratch) / "kernels.so"
             self._compile(made)
-            data = made.read_bytes()
-            with made.open("ab") as file:
-                file.write(hashlib.sha256(data).digest())
+            made.write_bytes(_sealed(made.read_bytes(), self.compiler.version))
             try:
                 library = _bind(made, self.instruction_set)
             except _UnfitLibrary as error:
@@ -136,22 +141,13 @@ class _Job:
         return library
 
     def _compile(self, target: Path) -> None:
-        command = [self.compiler, *self.flags, "-o", str(target), str(self.kernels_dir / "engine.cpp")]
+        command = [self.compiler.path, *self.flags, "-o", str(target), str(self.kernels_dir / "engine.cpp")]
         try:
             result = _run(command, COMPILE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             raise NativeUnavailable(f"compiling its kernels took over {COMPILE_TIMEOUT_S:.0f} s") from None
         if result.returncode:
             raise NativeUnavailable(f"its kernels do not compile: {_first_error(result.stderr)}")
-
-    def _version(self) -> str:
-        try:
-            result = _run([self.compiler, "--version"], VERSION_TIMEOUT_S)
-        except subprocess.TimeoutExpired as error:
-            raise NativeUnavailable(f"{self.compiler} does not run ({error})") from None
-        if result.returncode in _NOT_STARTED:
-            raise NativeUnavailable(f"{self.compiler} does not run ({_first_error(result.stderr)})")
-        return result.stdout.partition("\n")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,19 +184,77 @@ def _read_cpu() -> _CPU:
     return _CPU(fields.get("model name", platform.processor()), frozenset(fields.get("flags", "").split()))
 
 
-def _load_cached(path: Path, instruction_set: str, *, is_locked: bool = False) -> ctypes.CDLL | None:
-    """None where there is no library, or an unfit one, of which whoever holds the lock writes a log line."""
+def find_compiler() -> Compiler:
+    """
+    Raises:
+        NativeUnavailable: There is none, or it does not run.
+    """
+    path = shutil.which(COMPILER)
+    if path is None:
+        raise NativeUnavailable(f"no {COMPILER} on the PATH to compile its kernels")
     try:
-        data = path.read_bytes()
-        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-            raise _UnfitLibrary("its checksum does not hold")
+        result = _run([path, "--version"], VERSION_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise NativeUnavailable(f"{path} does not run ({error})") from None
+    if result.returncode in _NOT_STARTED:
+        raise NativeUnavailable(f"{path} does not run ({_first_error(result.stderr)})")
+    return Compiler(path, result.stdout.partition("\n")[0])
+
+
+def _key(kernels_dir: Path, flags: tuple[str, ...], cpu_model: str) -> str:
+    parts = [text.encode() for text in (cpu_model, *flags)]
+    for source in sorted((*kernels_dir.glob("*.h"), *kernels_dir.glob("*.cpp"))):
+        parts += [source.name.encode(), source.read_bytes()]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]
+
+
+def _load_without_compiler(path: Path, instruction_set: str) -> ctypes.CDLL | None:
+    if not path.exists():
+        return None
+    try:
+        private_directory(path.parent)
+    except OSError as error:
+        logger.warning("%s is not used (%s)", path, error)
+        return None
+    return _load_cached(path, instruction_set, None, warns=True)
+
+
+def _load_cached(
+    path: Path, instruction_set: str, compiler_version: str | None, *, warns: bool = False
+) -> ctypes.CDLL | None:
+    """None where there is no library, one of another compiler (where one is named), or an unfit one; where it `warns`,
+    the log says so of an unfit one."""
+    try:
+        version = _unsealed_version(path.read_bytes())
+        if compiler_version not in (None, version):
+            return None
         return _bind(path, instruction_set)
     except FileNotFoundError:
         return None
     except (OSError, _UnfitLibrary) as error:
-        if is_locked:
-            logger.warning("%s is not usable and the kernels are compiled again (%s)", path, error)
+        if warns:
+            logger.warning("%s is not usable (%s)", path, error)
         return None
+
+
+def _sealed(library: bytes, compiler_version: str) -> bytes:
+    """The library as it is kept; the loader ignores what stands behind it."""
+    data = library + _SEPARATOR + compiler_version.encode(errors="replace")
+    return data + hashlib.sha256(data).digest()
+
+
+def _unsealed_version(data: bytes) -> str:
+    """Of the compiler that made a kept library.
+
+    Raises:
+        _UnfitLibrary: The file is damaged.
+    """
+    if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]:
+        raise _UnfitLibrary("its checksum does not hold")
+    return data[:-_DIGEST_BYTES].rpartition(_SEPARATOR)[2].decode(errors="replace")
 
 
 def _bind(path: Path, instruction_set: str) -> ctypes.CDLL:

@@ -49,7 +49,8 @@ class NativeRowChooser:
             ctypes.c_void_p,
         ]
         self._likelihoods.restype = ctypes.c_double
-        self._scratch = np.zeros(0, np.float64)
+        self._scratch = np.empty(0, np.float64)
+        self._scratch_address = 0
         self._num_columns = 0
 
     def choose(self, row: Row, mask: Mask | None, sampling: SamplingParams, uniform: float) -> int | None:
@@ -67,7 +68,7 @@ class NativeRowChooser:
             min_p_offset(sampling),
             sampling.top_p,
             uniform,
-            self._scratch.ctypes.data,
+            self._scratch_address,
         )
         return token_id if token_id >= 0 else None
 
@@ -76,15 +77,14 @@ class NativeRowChooser:
         self._reserve(len(row))
         _check(row)
         ids = np.empty(min(num_top, len(row)), np.int32)
-        total: float = self._likelihoods(
-            row.ctypes.data, len(row), len(ids), ids.ctypes.data, self._scratch.ctypes.data
-        )
+        total: float = self._likelihoods(row.ctypes.data, len(row), len(ids), ids.ctypes.data, self._scratch_address)
         return float(row.max()) + math.log(total), ids[ids >= 0].astype(np.intp)
 
     def _reserve(self, num_columns: int) -> None:
         if num_columns > self._num_columns:
             num_bytes: int = self._scratch_bytes(num_columns)
             self._scratch, self._num_columns = np.empty(num_bytes // 8, np.float64), num_columns
+            self._scratch_address = self._scratch.ctypes.data
 
 
 def _check(row: Row) -> None:

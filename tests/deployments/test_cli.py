@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments.cli import fallback_line
 from deployments.config import BUNDLED
 
 
@@ -70,6 +71,9 @@ def test_check_refuses_a_bad_config_in_one_line(text: str, named: str, tmp_path:
         (("review", "here.edi", "--url", "http://127.0.0.1:9", "--key-file", "here.edi"), 1, "does not answer"),
         (("model", "fetch", "nosuch"), 1, "nosuch"),
         (("serve", "--port", "0"), 2, "port"),
+        (("serve", "--config", "nope"), 1, "local, local-monolithic"),
+        (("review", "here.edi", "--config", "nope"), 1, "local, local-monolithic"),
+        (("check", "nope"), 1, "local, local-monolithic"),
         (("cluster", "check", "--crds", "missing"), 2, "missing"),
     ],
 )
@@ -79,6 +83,21 @@ def test_wrong_arguments_are_named(arguments: tuple[str, ...], status: int, name
     assert result.returncode == status, result.stderr
     assert named in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_fallback_is_one_line_for_all_pools_and_replicas() -> None:
+    compiler, dtype, none = ({"backend_fallback": reason} for reason in ("no compiler", "only bfloat16", None))
+    start = "torch computes instead of the native backend"
+    assert fallback_line({"decode": [none, none], "prefill": [none]}, "native") is None
+    assert fallback_line({"decode": [none, dtype, dtype]}, "native") == f"{start} (decode: only bfloat16)"
+    assert (
+        fallback_line({"decode": [compiler], "prefill": [compiler]}, "native")
+        == f"{start} (decode and prefill: no compiler)"
+    )
+    assert (
+        fallback_line({"decode": [compiler], "prefill": [dtype, none]}, "native")
+        == f"{start} (decode: no compiler; prefill: only bfloat16)"
+    )
 
 
 def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
@@ -96,3 +115,13 @@ def test_the_shipped_manifests_have_no_findings(tmp_path: Path) -> None:
     result = zoneserve("cluster", "check", cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     assert "no findings" in result.stdout
+
+
+def test_texts_are_published_and_audit_logs_read_by_the_same_command(tmp_path: Path) -> None:
+    trusted = ("--trusted", "trusted.yaml")
+    made = zoneserve("zone", "keygen", "key.pem", "--zone", "public", *trusted, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    listed = zoneserve("zone", "manifests", ".", *trusted, cwd=tmp_path)
+    assert "set digest" in listed.stdout
+    read = zoneserve("audit", "verify", ".", "--master-key-file", "none.key", cwd=tmp_path)
+    assert (read.returncode, "none.key" in read.stderr) == (1, True)

@@ -18,6 +18,7 @@ from deployments.config import (
     find_config,
     load_config,
     parse_config,
+    shipped_names,
 )
 from tests.deployments.support import local_config, local_document, write_yaml
 
@@ -210,10 +211,16 @@ def test_shipped_configurations_are_found_by_name_unless_a_file_has_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_config(Path("local-monolithic")) == BUNDLED / "local-monolithic.yaml"
-    for other in (Path("nowhere"), Path("local.yaml"), Path("sub/local"), tmp_path / "local"):
+    for other in (Path("local.yaml"), Path("sub/local"), tmp_path / "local"):
         assert find_config(other) == other
     (tmp_path / "local").touch()
     assert find_config(Path("local")) == Path("local")
+
+
+def test_an_unknown_name_of_a_configuration_is_answered_with_those_that_are_shipped() -> None:
+    assert shipped_names() == ["local", "local-monolithic"]
+    with pytest.raises(ConfigError, match=r"^nope: neither a file nor .* local, local-monolithic$"):
+        find_config(Path("nope"))
 
 
 def test_the_two_local_modes_have_the_same_engine_and_the_same_cores_and_blocks_in_all() -> None:

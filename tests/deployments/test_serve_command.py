@@ -117,6 +117,13 @@ def test_one_pool_gives_the_tokens_of_transformers_too(
     assert not re.search(r'^zoneserve_prompt_tokens_total\{origin="prefill.* [1-9]', exposed, re.MULTILINE)
 
 
+def test_a_backend_that_gave_way_is_said_once_at_the_terminal(served: Served) -> None:
+    """The configuration asks for native; its dtype here is one that only torch computes with."""
+    said = [line for line in served.log.read_text().splitlines() if "warning" in line]
+    reason = "decode: its KV cache is bfloat16, not float32"
+    assert said == [f"warning: torch computes instead of the native backend ({reason})"]
+
+
 def test_files_are_reviewed_through_a_server_that_is_up(served: Served, tmp_path: Path) -> None:
     (tmp_path / "garbage.edi").write_bytes(bytes(range(256)))
     result = subprocess.run(

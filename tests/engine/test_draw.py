@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.draw import (
+    MAX_COLUMNS,
     Mask,
     NumpyRowChooser,
     Row,
@@ -342,6 +343,61 @@ def test_every_implementation_chooses_the_same_token(
     assert mask is None or mask.tolist() == before[1].tolist()  # type: ignore[union-attr]
 
 
+def long_rows() -> dict[str, Row]:
+    """Rows of whose candidates the native code looks at some to guess where a nucleus ends, and guesses wrong."""
+    size, rng = 20_000, np.random.default_rng(7)
+    normal = rng.normal(0, 0.3, size)
+    found = {
+        "flat": normal,
+        "nearly flat": normal * 1e-30,
+        "denormal": normal * 1e-40,
+        "all equal": np.zeros(size),
+        "two values": rng.integers(0, 2, size) * -0.01,
+        "both zeros": np.where(rng.random(size) < 0.5, 0.0, -0.0),
+        "whole numbers": np.round(rng.normal(0, 1, size)),
+        "one outlier": np.where(np.arange(size) == 777, 30.0, normal),
+        "a few heavy": np.where(rng.random(size) < 2e-4, 12.0, rng.normal(0, 2, size)),
+        "sorted": np.sort(normal),
+        "heavy tail": -np.abs(rng.standard_cauchy(size)),
+        "hidden between the looks": np.where(np.arange(size) // 64 % 7 == 3, 5.0, normal),
+        "mostly impossible": np.where(rng.random(size) < 0.9, -np.inf, normal),
+        "extremes": rng.choice([3e38, -3e38, 0.0], size),
+    }
+    return {name: row.astype(np.float32) for name, row in found.items()}
+
+
+LONG_ROWS = long_rows()
+
+
+@pytest.mark.parametrize("row", LONG_ROWS.values(), ids=LONG_ROWS)
+def test_every_implementation_finds_the_same_nucleus_of_a_long_row(chooser: RowChooser, row: Row) -> None:
+    for sampling in (
+        {"top_p": 0.95},
+        {"top_p": 0.5},
+        {"top_p": 1e-9},
+        {"top_p": 1 - 1e-9},
+        {"top_p": 0.9, "min_p": 0.2},
+        {"top_k": 40, "top_p": 0.9},
+        {"top_k": 15_000},
+        {"top_k": 15_000, "top_p": 0.7},
+    ):
+        for uniform in (0.0, 0.3, ALMOST_ONE):
+            expected = drawn(NumpyRowChooser(), row, uniform, **sampling)
+            assert drawn(chooser, row, uniform, **sampling) == expected, (sampling, uniform)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_sums_of_the_most_columns_are_exact(name: str) -> None:
+    """Each weight is 1, in as many columns as may be: a sum in the kernels runs over several times."""
+    row = np.zeros(MAX_COLUMNS, np.float32)
+    chooser = row_chooser(name)
+    for sampling in ({}, {"top_p": 0.75}):
+        for uniform in (0.0, 0.5, ALMOST_ONE):
+            mass = MAX_COLUMNS * sampling.get("top_p", 1.0)
+            assert drawn(chooser, row, uniform, **sampling) == int(uniform * mass)
+    assert chooser.likelihoods(row, 0)[0] == math.log(MAX_COLUMNS)
+
+
 @settings(max_examples=100, deadline=None)
 @given(case=rows(), num_top=st.integers(0, 20))
 def test_every_implementation_finds_the_same_likelihoods(
@@ -381,6 +437,7 @@ def test_the_native_scratch_suffices(name: str) -> None:
         chooser._reserve(size)
         needed = chooser._scratch_bytes(size) // 8
         chooser._scratch = np.full(needed + 64, 12345.0)
+        chooser._scratch_address = chooser._scratch.ctypes.data
         for row in (np.zeros(size, np.float32), random_row(size)):
             for sampling in ({}, {"top_k": size // 2}, {"top_k": 1}, {"top_p": 0.999999999}, {"min_p": 1e-20}):
                 drawn(chooser, row, 0.9, packed([True] * size), **sampling)

@@ -2,7 +2,7 @@
 // weights are made of IEEE additions and multiplications in one order, and are then rounded to multiples of 2^-34,
 // whose sums are exact in double whatever their order.
 //
-// Plain C++ and the compiler's own vectors on every instruction path. A row of n floats is read in blocks of 64.
+// Plain C++ and the compiler's own vectors on every instruction path. A row of n floats is read in blocks of 128.
 #pragma once
 #include <float.h>
 #include <math.h>
@@ -11,95 +11,197 @@
 #include <string.h>
 
 #include <algorithm>
-#if defined(ZS_PATH_AVX512)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 namespace zs {
 namespace sampling {
 
-constexpr int kBlock = 64;  // floats
+constexpr int kBlock = 128;  // floats
 #if defined(ZS_PATH_AVX512)
 constexpr int kVector = 16;  // the compiler takes wider vectors than the machine's apart, one float at a time
+constexpr int kAtOnce = 8;   // vectors that are weighed side by side; the registers hold no more
 #elif defined(ZS_PATH_AVX2)
 constexpr int kVector = 8;
+constexpr int kAtOnce = 2;
 #else
 constexpr int kVector = 4;
+constexpr int kAtOnce = 2;
 #endif
-constexpr int kBuckets = 1024;
+constexpr int kSample = 1024;          // of more candidates some are looked at, to guess where a boundary lies
+constexpr double kSampleErrors = 3.0;  // standard errors that the guess leaves room for
+constexpr int kBlocksAtOnce = 8;
 constexpr double kRounding = 393216.0;  // 1.5 * 2^18: adding it to a double below 2^17 rounds to 2^-34
+constexpr double kUnit = 1.0 / (1LL << 34);
 constexpr double kLog2E = 1.4426950408889634;
-constexpr double kSmallestCut = 1.1641532182693481e-10;  // 2^-33
 
 typedef float Floats __attribute__((vector_size(4 * kVector)));
+typedef int32_t Ints __attribute__((vector_size(4 * kVector)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kVector)));
 
 static inline int32_t num_blocks(int32_t n) { return (n + kBlock - 1) / kBlock; }
 static inline int32_t padded(int32_t n) { return num_blocks(n) * kBlock; }
 
-// What one call works with; the caller owns the memory. `values`, `ids`, `weights`: candidates, by ascending id.
+static inline Floats load(const float* p) {
+  Floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+static inline Floats keep(Ints mask, Floats v) { return (Floats)(mask & (Ints)v); }  // 0 elsewhere
+
+// The greater of the two, `b` where they are equal or one is NaN.
+static inline Floats greater(Floats a, Floats b) {
+#if defined(ZS_PATH_AVX512)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(ZS_PATH_AVX2)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// A mask's lane i as bit i.
+static inline uint32_t bits_of(Ints mask) {
+#if defined(ZS_PATH_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(ZS_PATH_AVX2)
+  return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#elif defined(__SSE2__)
+  return (uint32_t)_mm_movemask_ps((__m128)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kVector; i++) bits |= (uint32_t)(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// Bit i: whether lane i is at least `low` and at most `high`.
+static inline uint32_t bits_between(Floats v, float low, float high) {
+#if defined(ZS_PATH_AVX512)
+  const __mmask16 is_low = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(high), _CMP_LE_OQ);
+  return _mm512_mask_cmp_ps_mask(is_low, (__m512)v, _mm512_set1_ps(low), _CMP_GE_OQ);
+#else
+  return bits_of((v >= low) & (v <= high));
+#endif
+}
+
+// Values, and beside each its weight. The last vector is filled up with -infinity and weights of 0.
+struct Set {
+  const float* values;
+  const float* weights;
+  int32_t count;
+};
+
+struct Room {
+  float* values;
+  float* weights;
+
+  Set filled_up(int32_t count) const {
+    for (int32_t i = count; i % kVector != 0; i++) values[i] = -INFINITY, weights[i] = 0;
+    return {values, weights, count};
+  }
+};
+
+// What one call works with; the caller owns the memory.
 struct Scratch {
-  double* weights;   // (padded n)
-  double* sums;      // (blocks)
-  float* row;        // (padded n) what may be drawn: -infinity where the mask or the padding says no
-  float* values;     // (padded n)
-  int32_t* ids;      // (padded n)
-  int32_t* order;    // (padded n)
-  float* peaks;      // (blocks) greatest value of each block
+  double* sums;    // (blocks) weight of each block of candidates
+  float* row;      // (padded n) what may be drawn: -infinity where the mask or the padding says no; then candidates
+  int32_t* ids;    // (padded n) of candidates
+  float* weights;  // (padded n) of candidates
+  Room rooms[2];   // (padded n)
+  float* peaks;    // (blocks) greatest value of each block of the row
   float* peaks_copy;
 
-  static int64_t bytes(int32_t n) { return 24 * (int64_t)padded(n) + 16 * (int64_t)num_blocks(n); }
+  static int64_t bytes(int32_t n) { return 28 * (int64_t)padded(n) + 16 * (int64_t)num_blocks(n); }
 
   Scratch(void* memory, int32_t n) {
-    weights = (double*)memory;
-    sums = weights + padded(n);
+    const int32_t size = padded(n);
+    sums = (double*)memory;
     row = (float*)(sums + num_blocks(n));
-    values = row + padded(n);
-    ids = (int32_t*)(values + padded(n));
-    order = ids + padded(n);
-    peaks = (float*)(order + padded(n));
+    ids = (int32_t*)(row + size);
+    weights = row + 2 * size;
+    rooms[0] = {row + 3 * size, row + 4 * size};
+    rooms[1] = {row + 5 * size, row + 6 * size};
+    peaks = row + 7 * size;
     peaks_copy = peaks + num_blocks(n);
   }
 };
 
-// 2^((x - peak) * cold), rounded to multiples of 2^-34, of kBlock values; 1 for the peak. Returns their sum.
-static double weigh(const float* x, float peak, float cold, double* weights) {
-  float block[kBlock];
-  for (int i = 0; i < kBlock; i += kVector) {
-    Floats v;
-    memcpy(&v, x + i, sizeof v);
-    v = (v - peak) * cold;
-    v = v > -44.0f ? v : Floats{} - 44.0f;
-    Floats shifted = v + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
-    Floats r = v - (shifted - 12582912.0f);
-    Floats y = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
-    y = y * r + 9.618437357674640e-3f;
-    y = y * r + 5.550332471162809e-2f;
-    y = y * r + 2.402264791363012e-1f;
-    y = y * r + 6.931472028550421e-1f;
-    y = y * r + 1.0f;
-    Bits power = ((Bits)shifted << 23) + 0x3f800000;
-    y = y * (Floats)power;
-    memcpy(block + i, &y, sizeof y);
-  }
-  double sums[8] = {};
-  for (int i = 0; i < kBlock; i += 8) {
-    for (int j = 0; j < 8; j++) {
-      double weight = ((double)block[i + j] + kRounding) - kRounding;
-      weights[i + j] = weight;
-      sums[j] += weight;
-    }
-  }
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+static inline double rounded(float weight) { return ((double)weight + kRounding) - kRounding; }
+
+static inline uint32_t word_of(float x) {
+  uint32_t word;
+  memcpy(&word, &x, sizeof word);
+  return word;
 }
 
-// The weight of each block of a row into `sums`; returns that of all.
-static double weigh_row(const float* row, int32_t n, float peak, float cold, double* sums) {
-  double total = 0;
-  for (int32_t block = 0; block < num_blocks(n); block++) {
-    double weights[kBlock];
-    total += sums[block] = weigh(row + block * kBlock, peak, cold, weights);
+// A sum of rounded weights. What is in the low bits of a float once kCoarse is added counts multiples of 2^-17; of the
+// rest, once kFine is added, multiples of 2^-34.
+class Sum {
+ public:
+  void add(Floats weights) {
+    const Floats coarse = weights + kCoarse;
+    coarse_ += (Bits)coarse;
+    fine_ += (Bits)((weights - (coarse - kCoarse)) + kFine);
+    if (++num_added_ == kMostAdded) flush();
   }
+  double value() {
+    flush();
+    return (double)units_ * kUnit;
+  }
+
+ private:
+  static constexpr float kCoarse = 96.0f;          // 1.5 * 2^6
+  static constexpr float kFine = 7.32421875e-4f;   // 1.5 * 2^-11
+  static constexpr uint32_t kMostAdded = 1 << 13;  // 2^13 weights of 1 are 2^30 units of 2^-17
+
+  void flush() {
+    const Ints coarse = (Ints)(coarse_ - num_added_ * word_of(kCoarse));
+    const Ints fine = (Ints)(fine_ - num_added_ * word_of(kFine));
+    for (int i = 0; i < kVector; i++) units_ += ((int64_t)coarse[i] << 17) + fine[i];
+    coarse_ = fine_ = Bits{};
+    num_added_ = 0;
+  }
+
+  Bits coarse_ = {}, fine_ = {};
+  uint32_t num_added_ = 0;
+  int64_t units_ = 0;
+};
+
+// 2^((x - peak) * cold) of kBlock values, 1 for the peak. Returns their sum. Each line is done for kAtOnce vectors, for
+// the lines of one vector wait for each other. Not inlined: the registers of a loop around it would be missed here.
+static __attribute__((noinline)) double weigh(const float* x, float peak, float cold, float* weights) {
+  Sum sum;
+  for (int start = 0; start < kBlock; start += kAtOnce * kVector) {
+    Floats v[kAtOnce], r[kAtOnce], y[kAtOnce];
+    Bits power[kAtOnce];
+#define ZS_EACH _Pragma("GCC unroll 8") for (int i = 0; i < kAtOnce; i++)
+    ZS_EACH v[i] = (load(x + start + i * kVector) - peak) * cold;
+    ZS_EACH v[i] = greater(v[i], Floats{} - 44.0f);
+    ZS_EACH r[i] = v[i] + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
+    ZS_EACH power[i] = ((Bits)r[i] << 23) + 0x3f800000;
+    ZS_EACH r[i] = v[i] - (r[i] - 12582912.0f);
+    ZS_EACH y[i] = r[i] * 1.535336188319500e-4f + 1.339887440266574e-3f;
+    ZS_EACH y[i] = y[i] * r[i] + 9.618437357674640e-3f;
+    ZS_EACH y[i] = y[i] * r[i] + 5.550332471162809e-2f;
+    ZS_EACH y[i] = y[i] * r[i] + 2.402264791363012e-1f;
+    ZS_EACH y[i] = y[i] * r[i] + 6.931472028550421e-1f;
+    ZS_EACH y[i] = y[i] * r[i] + 1.0f;
+    ZS_EACH y[i] = y[i] * (Floats)power[i];
+    ZS_EACH store(weights + start + i * kVector, y[i]);
+    ZS_EACH sum.add(y[i]);
+#undef ZS_EACH
+  }
+  return sum.value();
+}
+
+// Weighs whole blocks of candidates, into `scratch.weights` and `scratch.sums`. Returns the weight of all.
+static double weigh_all(const float* values, int32_t count, float peak, float cold, const Scratch& scratch) {
+  double total = 0;
+  for (int32_t block = 0; block < num_blocks(count); block++)
+    total += scratch.sums[block] = weigh(values + block * kBlock, peak, cold, scratch.weights + block * kBlock);
   return total;
 }
 
@@ -140,10 +242,9 @@ static float scan(const float** row, const uint32_t* mask, int32_t n, const Scra
   for (int32_t block = 0; block < num_blocks(n); block++) {
     Floats most = Floats{} - INFINITY;
     for (int i = 0; i < kBlock; i += kVector) {
-      Floats v;
-      memcpy(&v, x + block * kBlock + i, sizeof v);
+      const Floats v = load(x + block * kBlock + i);
       broken |= (Bits)(v != v);
-      most = v > most ? v : most;
+      most = greater(v, most);
     }
     scratch.peaks[block] = greatest_of(most);
     greatest = std::max(greatest, scratch.peaks[block]);
@@ -160,108 +261,252 @@ static int32_t first_of(const float* row, float peak, const Scratch& scratch) {
   return index;
 }
 
-// The columns of at least `floor` and above -infinity, by ascending id, into `scratch.values` and `scratch.ids`.
-// Returns how many.
-static int32_t collect(const float* row, int32_t n, double floor, const Scratch& scratch) {
-  int32_t count = 0;
+// The least float that is at least `floor` and above -infinity.
+static float least_above(double floor) {
   floor = std::max(floor, (double)-FLT_MAX);
-  for (int32_t block = 0; block < num_blocks(n); block++) {
-    if (!((double)scratch.peaks[block] >= floor)) continue;
-    int32_t start = block * kBlock, width = std::min(kBlock, n - start);
-    int i = 0;
-#if defined(ZS_PATH_AVX512)
-    // A block's values and ids are compressed in registers; what a store writes past `count` is overwritten.
-    float least = (float)floor;
-    if ((double)least < floor) least = nextafterf(least, INFINITY);
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (; i + kVector <= width; i += kVector) {
-      __m512 v = _mm512_loadu_ps(row + start + i);
-      __mmask16 kept = _mm512_cmp_ps_mask(v, _mm512_set1_ps(least), _CMP_GE_OQ);
-      _mm512_storeu_ps(scratch.values + count, _mm512_maskz_compress_ps(kept, v));
-      __m512i id = _mm512_add_epi32(lane, _mm512_set1_epi32(start + i));
-      _mm512_storeu_si512(scratch.ids + count, _mm512_maskz_compress_epi32(kept, id));
-      count += __builtin_popcount(kept);
-    }
+  const float least = (float)floor;
+  return (double)least < floor ? nextafterf(least, INFINITY) : least;
+}
+
+#if defined(ZS_PATH_AVX2)
+// The lanes that each number of 8 bits has a bit for.
+struct FirstLanes {
+  uint8_t lanes[256][8] = {};
+  constexpr FirstLanes() {
+    for (int bits = 0; bits < 256; bits++)
+      for (int i = 0, count = 0; i < 8; i++)
+        if (bits >> i & 1) lanes[bits][count++] = (uint8_t)i;
+  }
+};
+constexpr FirstLanes kFirstLanes;
 #endif
-    for (; i < width; i++) {
-      scratch.values[count] = row[start + i];
-      scratch.ids[count] = start + i;
-      count += (double)row[start + i] >= floor;
+
+// Writes those lanes of `v` that `kept` has a bit for to `out`, and may write up to a vector more.
+static inline void compress(Floats v, uint32_t kept, float* out) {
+#if defined(ZS_PATH_AVX512)
+  store(out, (Floats)_mm512_maskz_compress_ps((__mmask16)kept, (__m512)v));
+#elif defined(ZS_PATH_AVX2)
+  const __m128i lanes = _mm_loadl_epi64((const __m128i*)kFirstLanes.lanes[kept]);
+  store(out, (Floats)_mm256_permutevar8x32_ps((__m256)v, _mm256_cvtepu8_epi32(lanes)));
+#else
+  for (int i = 0; kept != 0 && i < kVector; i++) {
+    *out = v[i];
+    out += kept >> i & 1;
+  }
+#endif
+}
+
+// The row's columns of at least `least` into `values`, and their ids into `ids`. Returns how many.
+static int32_t collect(const float* row, int32_t n, float least, const Scratch& scratch, float* values, int32_t* ids) {
+  Ints lane;
+  for (int i = 0; i < kVector; i++) lane[i] = i;
+  int32_t count = 0;
+  for (int32_t block = 0; block < num_blocks(n); block++) {
+    if (scratch.peaks[block] < least) continue;
+    for (int32_t i = block * kBlock; i < (block + 1) * kBlock; i += kVector) {
+      const Floats v = load(row + i);
+      const uint32_t kept = bits_between(v, least, INFINITY);
+      compress(v, kept, values + count);
+      compress((Floats)(lane + i), kept, (float*)ids + count);
+      count += __builtin_popcount(kept);
     }
   }
   return count;
 }
 
+// Which of some candidates are taken: those above `value`, and the first `equal` of that value, each of `weight`.
 struct Boundary {
-  float value;    // of the last candidate taken
-  int32_t equal;  // how many of that value are taken
-  double mass;    // of all that are taken
+  float value;
+  int32_t equal;
+  double weight;
+  double mass;  // of all that are taken
 };
 
-// Takes candidates, greatest value first and of equal values the first ones, until their mass reaches `need`,
-// which must be at most the mass of all. Mass: `scratch.weights`, or 1 each where not `weighted`. `floor`: at most
-// the least value, or -infinity.
-static Boundary boundary(int32_t count, double need, float peak, double floor, bool weighted, const Scratch& scratch) {
-  const float* values = scratch.values;
-  double least = floor;
-  if (floor == -INFINITY) {
-    least = peak;
-    for (int32_t i = 0; i < count; i++) least = values[i] < least ? values[i] : least;
+struct Interval {
+  float low, high;  // both included
+};
+
+// The members of `from` within `kept`, in `to`. `above` receives the sum of all weights above it.
+static Set split(const Set& from, Interval kept, const Room& to, double* above) {
+  Sum sum;
+  int32_t count = 0;
+  for (int32_t i = 0; i < from.count; i += kVector) {
+    const Floats v = load(from.values + i), weights = load(from.weights + i);
+    sum.add(keep(v > kept.high, weights));
+    const uint32_t members = bits_between(v, kept.low, kept.high);
+    compress(v, members, to.values + count);
+    compress(weights, members, to.weights + count);
+    count += __builtin_popcount(members);
   }
-  // The greater the value, the earlier its bucket.
-  float scale = least < peak ? (float)((kBuckets - 1) / (peak - least)) : 1.0f;
-  int32_t* buckets = scratch.order;
-  for (int32_t i = 0; i < count; i++) {
-    float place = (peak - values[i]) * scale;
-    buckets[i] = (int32_t)(place < kBuckets - 1 ? place : kBuckets - 1);
-  }
-  double masses[kBuckets] = {};
-  for (int32_t i = 0; i < count; i++) masses[buckets[i]] += weighted ? scratch.weights[i] : 1.0;
-  int32_t crossing = 0;
-  double mass = 0;
-  while (crossing < kBuckets - 1 && mass + masses[crossing] < need) mass += masses[crossing++];
-  int32_t members = 0;
-  for (int32_t start = 0; start < count; start += kVector) {
-    int32_t end = std::min(start + kVector, count), hits = 0;
-    for (int32_t i = start; i < end; i++) hits += buckets[i] == crossing;
-    for (int32_t i = start; hits > 0 && i < end; i++) {
-      if (buckets[i] == crossing) scratch.order[members++] = i;  // no further than i: that bucket was read
-    }
-  }
-  std::sort(scratch.order, scratch.order + members, [&](int32_t a, int32_t b) {
-    return values[a] != values[b] ? values[a] > values[b] : a < b;
-  });
-  Boundary found = {peak, 0, mass};
-  for (int32_t i = 0; i < members && found.mass < need; i++) {
-    int32_t candidate = scratch.order[i];
-    found.equal = values[candidate] == found.value && i > 0 ? found.equal + 1 : 1;
-    found.value = values[candidate];
-    found.mass += weighted ? scratch.weights[candidate] : 1.0;
-  }
-  return found;
+  *above = sum.value();
+  return to.filled_up(count);
 }
 
-// Where to cut the row so that its k greatest columns above -infinity stay, and what equals the last of them; k < n.
-// At least k columns reach the k-th greatest of the blocks' peaks.
-static float kth_greatest(const float* row, int32_t n, int32_t k, float peak, const Scratch& scratch) {
-  int32_t blocks = num_blocks(n);
-  float floor = -FLT_MAX;
-  if (k <= blocks) {
+static double sum_of(const Set& set) {
+  Sum sum;
+  for (int32_t i = 0; i < set.count; i += kVector) sum.add(load(set.weights + i));
+  return sum.value();
+}
+
+// Floats as integers of the same order.
+static inline int32_t key_of(float x) {
+  int32_t word;
+  memcpy(&word, &x, sizeof word);
+  return word < 0 ? word ^ INT32_MAX : word;
+}
+static inline float of_key(int32_t key) {
+  float x;
+  key = key < 0 ? key ^ INT32_MAX : key;
+  memcpy(&x, &key, sizeof x);
+  return x;
+}
+
+// Whole vectors of a set, evenly spread over it, at most kSample values.
+struct Sample {
+  float values[kSample], weights[kSample];
+  float least, greatest;
+  int32_t count = 0;
+
+  explicit Sample(const Set& set) {
+    const int32_t vectors = (set.count + kVector - 1) / kVector;
+    const int32_t step = (vectors * kVector + kSample - 1) / kSample * kVector;
+    Floats low = Floats{} + INFINITY, high = Floats{} - INFINITY;
+    for (int32_t i = 0; i < set.count; i += step, count += kVector) {
+      const Floats v = load(set.values + i);
+      low = -greater(-v, -low);
+      high = greater(v, high);
+      store(values + count, v);
+      store(weights + count, load(set.weights + i));
+    }
+    least = -greatest_of(-low);
+    greatest = greatest_of(high);
+  }
+
+  // Weight of the values up to `value`.
+  float up_to(float value) const {
+    Floats sum = {};
+    for (int32_t i = 0; i < count; i += kVector) sum += keep(load(values + i) <= value, load(weights + i));
+    float total = 0;
+    for (int i = 0; i < kVector; i++) total += sum[i];
+    return total;
+  }
+
+  // The value with which the weight up to it exceeds `mass`; or two around it between which less than `tolerance` lies.
+  Interval where(double mass, double tolerance) const {
+    int64_t low = (int64_t)key_of(least) - 1, high = key_of(greatest);
+    double low_mass = 0, high_mass = INFINITY;
+    while (high - low > 1 && high_mass - low_mass > tolerance) {
+      const int64_t middle = (low + high) >> 1;
+      const double found = up_to(of_key((int32_t)middle));
+      (found > mass ? high : low) = middle;
+      (found > mass ? high_mass : low_mass) = found;
+    }
+    return {of_key((int32_t)(low + 1)), of_key((int32_t)high)};
+  }
+};
+
+// Where the member probably is below which others weigh `tail` of `total` together; nothing but time is lost where it
+// is not there. What is light is summed, so that a heavy member that the sample leaves out does no harm.
+static Interval guess(const Set& set, double total, double tail, bool is_wide) {
+  const Sample sample(set);
+  const double share = std::min(1.0, (double)sample.count / set.count);
+  if (!is_wide || sample.count >= set.count) return sample.where(tail * share, 0);
+  const double error = kSampleErrors * sqrt(tail * (total - tail) / sample.count);
+  const double tolerance = 0.25 * error * share;
+  return {sample.where((tail - error) * share, tolerance).low, sample.where((tail + error) * share, tolerance).high};
+}
+
+// The fewest of `equal` candidates of one value that bring `above` to `need`, which all of them do.
+static Boundary take(double above, double need, float value, int32_t equal, double weight) {
+  int32_t taken = std::min(equal, std::max(1, (int32_t)ceil((need - above) / weight)));
+  while (taken > 1 && above + (taken - 1) * weight >= need) taken--;
+  while (taken < equal && above + taken * weight < need) taken++;
+  return {value, taken, weight, above + taken * weight};
+}
+
+// Takes members of `from`, whose weight is `total`, greatest value first and of equal values the first ones, until
+// their weight reaches `need`, above 0 and at most `total`. Overwrites `scratch.rooms`.
+static Boundary boundary(Set from, double total, double need, const Scratch& scratch) {
+  double above = 0;  // weight of what is greater than the members
+  bool is_wide = true;
+  while (from.count > 0) {
+    const Room& to = scratch.rooms[from.values == scratch.rooms[0].values];
+    const Interval middle = guess(from, total, above + total - need, is_wide);
+    double greater, ignored;
+    Set left = split(from, middle, to, &greater);
+    const double between = sum_of(left);
+    if (need <= above + greater) {
+      left = split(from, {nextafterf(middle.high, INFINITY), FLT_MAX}, to, &ignored);
+      total = greater;
+    } else if (need > above + greater + between) {
+      left = split(from, {-FLT_MAX, nextafterf(middle.low, -INFINITY)}, to, &ignored);
+      above += greater + between;
+      total -= greater + between;
+    } else {
+      above += greater;
+      total = between;
+      if (middle.low == middle.high) return take(above, need, middle.low, left.count, rounded(left.weights[0]));
+    }
+    is_wide = left.count <= from.count / 2;  // else one value is split off, which never fails
+    from = left;
+  }
+  return {-INFINITY, 0, 0, above};
+}
+
+// Of the k greatest columns above -infinity the last one; all where there are no more than k.
+static Boundary kth_greatest(const float* row, int32_t n, int32_t k, const Scratch& scratch) {
+  const int32_t blocks = num_blocks(n);
+  float least = -FLT_MAX;
+  if (k <= blocks) {  // at least k columns reach the k-th greatest of the blocks' peaks
     memcpy(scratch.peaks_copy, scratch.peaks, 4 * (size_t)blocks);
     std::nth_element(scratch.peaks_copy, scratch.peaks_copy + (k - 1), scratch.peaks_copy + blocks,
                      [](float a, float b) { return a > b; });
-    floor = std::max(floor, scratch.peaks_copy[k - 1]);
+    least = std::max(least, scratch.peaks_copy[k - 1]);
   }
-  int32_t count = collect(row, n, floor, scratch);
-  return count <= k ? floor : boundary(count, k, peak, floor, false, scratch).value;
+  const Room& room = scratch.rooms[0];
+  const int32_t count = collect(row, n, least, scratch, room.values, scratch.ids);
+  if (count <= k) return {least, n, 1, (double)count};
+  std::fill_n(room.weights, count, 1.0f);
+  return boundary(room.filled_up(count), count, k, scratch);
 }
 
-// Weights of the candidates; returns their sum.
-static double weigh_candidates(int32_t count, float peak, float cold, const Scratch& scratch) {
-  for (int32_t i = count; i < padded(count); i++) scratch.values[i] = -INFINITY;
-  double total = 0;
-  for (int32_t i = 0; i < count; i += kBlock) total += weigh(scratch.values + i, peak, cold, scratch.weights + i);
-  return total;
+// The candidate at which the weight of those taken so far passes `target`, below that of all of them.
+static int32_t draw(const Set& set, double target, Boundary last, const Scratch& scratch) {
+  double passed = 0;
+  int32_t drawn = -1;
+  constexpr int32_t kStep = kBlocksAtOnce * kBlock;
+  for (int32_t start = 0; start < set.count; start += kStep) {
+    const int32_t end = std::min(set.count, start + kStep);
+    double mass = 0;
+    int32_t equal = 0;
+    if (last.weight == 0) {
+      for (int32_t block = start / kBlock; block < num_blocks(end); block++) mass += scratch.sums[block];
+    } else {
+      Sum above;
+      Ints is_equal = {};
+      for (int32_t i = start; i < end; i += kVector) {
+        const Floats v = load(set.values + i);
+        above.add(keep(v > last.value, load(set.weights + i)));
+        is_equal -= v == last.value;
+      }
+      for (int i = 0; i < kVector; i++) equal += is_equal[i];
+      equal = std::min(equal, last.equal);
+      mass = above.value() + equal * last.weight;
+    }
+    if (passed + mass <= target) {
+      passed += mass;
+      last.equal -= equal;
+      continue;
+    }
+    for (int32_t i = start; i < end && passed <= target; i++) {
+      const float value = set.values[i];
+      if (value < last.value || (value == last.value && last.equal-- <= 0)) continue;
+      passed += rounded(set.weights[i]);
+      drawn = i;
+    }
+    return drawn;
+  }
+  return drawn;
 }
 
 }  // namespace sampling
@@ -276,66 +521,46 @@ extern "C" int64_t zs_sampling_scratch_bytes(int32_t n) { return zs::sampling::S
 extern "C" int32_t zs_choose(const float* row, const uint32_t* mask, int32_t n, double temperature, int32_t top_k,
                              double min_offset, double top_p, double uniform, void* memory) {
   using namespace zs::sampling;
-  Scratch scratch(memory, n);
-  float peak = scan(&row, mask, n, scratch);
+  const Scratch scratch(memory, n);
+  const float peak = scan(&row, mask, n, scratch);
   if (!(peak < INFINITY)) return -2;
   if (peak == -INFINITY) return -1;
   if (temperature == 0) return first_of(row, peak, scratch);
 
-  float cold = (float)(kLog2E / temperature);
-  double floor = (double)peak + min_offset;
-  if (top_k > 0 && top_k < n) floor = std::max(floor, (double)kth_greatest(row, n, top_k, peak, scratch));
-  bool is_whole = floor == -INFINITY;
-  int32_t count = is_whole ? 0 : collect(row, n, floor, scratch);
-  double total = is_whole ? weigh_row(row, n, peak, cold, scratch.sums) : weigh_candidates(count, peak, cold, scratch);
-
-  Boundary last = {-INFINITY, n, total};
-  if (top_p < 1.0) {
-    if (is_whole) {
-      // All columns lighter than `cut` weigh less together than what the nucleus may leave out.
-      double cut = 0.5 * (1.0 - top_p) * total / n;
-      if (cut >= kSmallestCut) floor = (double)peak + temperature * log(cut);
-      count = collect(row, n, floor, scratch);
-      weigh_candidates(count, peak, cold, scratch);
-      is_whole = false;
-    }
-    last = boundary(count, top_p * total, peak, floor, true, scratch);
+  float least = least_above((double)peak + min_offset);
+  if (top_k > 0 && top_k < n) least = std::max(least, kth_greatest(row, n, top_k, scratch).value);
+  Set candidates = {row, scratch.weights, n};
+  const bool is_whole = mask == 0 && least == -FLT_MAX;
+  if (!is_whole) {
+    const int32_t count = collect(row, n, least, scratch, scratch.row, scratch.ids);  // it may read what it overwrites
+    std::fill(scratch.row + count, scratch.row + padded(count), -INFINITY);
+    candidates = {scratch.row, scratch.weights, count};
   }
-
-  double target = uniform * last.mass, passed = 0;
-  if (is_whole) {
-    int32_t block = 0;
-    while (block < num_blocks(n) - 1 && passed + scratch.sums[block] <= target) passed += scratch.sums[block++];
-    double weights[kBlock];
-    weigh(row + block * kBlock, peak, cold, weights);
-    int i = 0;
-    while (i < kBlock - 1 && (passed += weights[i]) <= target) i++;
-    return block * kBlock + i;
-  }
-  int32_t drawn = -1;
-  for (int32_t i = 0; i < count && passed <= target; i++) {
-    float value = scratch.values[i];
-    if (value < last.value || (value == last.value && last.equal-- <= 0)) continue;
-    passed += scratch.weights[i];
-    drawn = scratch.ids[i];
-  }
-  return drawn;
+  const float cold = (float)(kLog2E / temperature);
+  const double total = weigh_all(candidates.values, candidates.count, peak, cold, scratch);
+  Boundary last = {-INFINITY, n, 0, total};
+  if (top_p < 1.0) last = boundary(candidates, total, top_p * total, scratch);
+  const int32_t drawn = draw(candidates, uniform * last.mass, last, scratch);
+  return is_whole || drawn < 0 ? drawn : scratch.ids[drawn];
 }
 
 // Sum of exp(x - greatest x), and the ids of up to `num_top` greatest columns above -infinity, best first, the first of
 // equals first; the ids that are missing become -1. The row must be finite or -infinity, and not all of it -infinity.
 extern "C" double zs_likelihoods(const float* row, int32_t n, int32_t num_top, int32_t* ids, void* memory) {
   using namespace zs::sampling;
-  Scratch scratch(memory, n);
-  float peak = scan(&row, 0, n, scratch);
+  const Scratch scratch(memory, n);
+  const float peak = scan(&row, 0, n, scratch);
+  int32_t count = 0;
   if (num_top > 0) {
-    int32_t count = collect(row, n, num_top < n ? kth_greatest(row, n, num_top, peak, scratch) : -INFINITY, scratch);
-    for (int32_t i = 0; i < count; i++) scratch.order[i] = i;
-    std::partial_sort(scratch.order, scratch.order + std::min(num_top, count), scratch.order + count,
-                      [&](int32_t a, int32_t b) {
-                        return scratch.values[a] != scratch.values[b] ? scratch.values[a] > scratch.values[b] : a < b;
-                      });
-    for (int32_t i = 0; i < num_top; i++) ids[i] = i < count ? scratch.ids[scratch.order[i]] : -1;
+    Boundary last = kth_greatest(row, n, num_top, scratch);
+    for (int32_t block = 0; block < num_blocks(n); block++) {
+      if (scratch.peaks[block] < last.value) continue;
+      for (int32_t i = block * kBlock; i < std::min(n, (block + 1) * kBlock); i++) {
+        if (row[i] > last.value || (row[i] == last.value && last.equal-- > 0)) ids[count++] = i;
+      }
+    }
+    std::sort(ids, ids + count, [&](int32_t a, int32_t b) { return row[a] != row[b] ? row[a] > row[b] : a < b; });
+    std::fill(ids + count, ids + num_top, -1);
   }
-  return weigh_row(row, n, peak, (float)kLog2E, scratch.sums);
+  return weigh_all(row, n, peak, (float)kLog2E, scratch);
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -132,8 +131,8 @@ def replace(path, data):
     path.write_bytes(data)
 
 
-def signed(data):
-    return data + hashlib.sha256(data).digest()
+def sealed(library):
+    return build._sealed(library, build.find_compiler().version)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +141,7 @@ def signed(data):
         (lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:], "its checksum does not hold"),
         (lambda data: data[: len(data) // 2], "its checksum does not hold"),
         (lambda data: b"", "its checksum does not hold"),
-        (lambda data: signed(b"not a library"), "invalid ELF header|file too short"),
+        (lambda data: sealed(b"not a library"), "invalid ELF header|file too short"),
     ],
 )
 def test_damaged_library_is_compiled_again_with_one_line(damage, message, compiler, kernels_dir, cache_dir, caplog):
@@ -152,7 +151,7 @@ def test_damaged_library_is_compiled_again_with_one_line(damage, message, compil
     assert load_kernels(cache_dir, "portable", kernels_dir=kernels_dir).zs_path() == b"portable"
     assert compiler.compilations == 2
     (line,) = warnings_of(caplog)
-    assert f"{path} is not usable and the kernels are compiled again" in line
+    assert f"{path} is not usable (" in line
     assert any(part in line for part in message.split("|"))
     load_kernels(cache_dir, "portable", kernels_dir=kernels_dir)
     assert compiler.compilations == 2
@@ -167,8 +166,9 @@ def test_library_of_another_path_is_compiled_again(compiler, kernels_dir, cache_
         load_kernels(tmp_path / "elsewhere", "portable", kernels_dir=other)
     path = library_file(cache_dir)
     made = tmp_path / "avx9.so"
-    build._Job(shutil.which("g++"), ("-shared", "-fPIC", "-DZS_PATH_PORTABLE"), other, "portable")._compile(made)
-    replace(path, signed(made.read_bytes()))
+    job = build._Job(build.find_compiler(), ("-shared", "-fPIC", "-DZS_PATH_PORTABLE"), other, "portable")
+    job._compile(made)
+    replace(path, sealed(made.read_bytes()))
     assert load_kernels(cache_dir, "portable", kernels_dir=kernels_dir).zs_path() == b"portable"
     assert compiler.compilations == 4  # with one elsewhere and the foreign one
     (line,) = warnings_of(caplog)
@@ -189,11 +189,70 @@ def test_library_without_a_function_is_refused(compiler, kernels_dir, cache_dir)
         load_kernels(cache_dir, "portable", kernels_dir=kernels_dir)
 
 
-def test_no_compiler_is_a_named_reason(kernels_dir, cache_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+@pytest.fixture
+def no_compiler(compiler, tmp_path, monkeypatch):
+    """Call it to take the compiler off the PATH."""
+    return lambda: monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_no_compiler_is_a_named_reason(no_compiler, kernels_dir, cache_dir):
+    no_compiler()
     with pytest.raises(NativeUnavailable, match=r"no g\+\+ on the PATH to compile its kernels"):
         load_kernels(cache_dir, kernels_dir=kernels_dir)
     assert not cache_dir.exists()
+
+
+def test_without_a_compiler_the_library_in_the_cache_serves(no_compiler, kernels_dir, cache_dir, caplog):
+    load_kernels(cache_dir, "portable", kernels_dir=kernels_dir)
+    no_compiler()
+    cache_dir.chmod(0o500)  # as in an image that is only read
+    try:
+        assert load_kernels(cache_dir, "portable", kernels_dir=kernels_dir).zs_tile_bytes(0) == 7
+    finally:
+        cache_dir.chmod(0o700)
+    assert warnings_of(caplog) == []
+
+
+def test_with_a_compiler_that_does_not_start_too(compiler, kernels_dir, cache_dir):
+    load_kernels(cache_dir, "portable", kernels_dir=kernels_dir)
+    compiler._script.write_text("#!/nowhere/sh\n")
+    assert load_kernels(cache_dir, "portable", kernels_dir=kernels_dir).zs_tile_bytes(0) == 7
+
+
+def test_without_a_compiler_a_library_of_other_sources_or_another_cpu_does_not_serve(
+    no_compiler, kernels_dir, cache_dir, monkeypatch
+):
+    load_kernels(cache_dir, "portable", kernels_dir=kernels_dir)
+    no_compiler()
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "_read_cpu", lambda: build._CPU("another CPU", frozenset()))
+        with pytest.raises(NativeUnavailable, match=r"no g\+\+"):
+            load_kernels(cache_dir, "portable", kernels_dir=kernels_dir)
+    (kernels_dir / "more.h").write_text("// another header")
+    with pytest.raises(NativeUnavailable, match=r"no g\+\+"):
+        load_kernels(cache_dir, "portable", kernels_dir=kernels_dir)
+
+
+def test_without_a_compiler_a_damaged_library_is_refused_with_one_line(no_compiler, kernels_dir, cache_dir, caplog):
+    load_kernels(cache_dir, "portable", kernels_dir=kernels_dir)
+    path = library_file(cache_dir)
+    replace(path, path.read_bytes()[:-1])
+    no_compiler()
+    with pytest.raises(NativeUnavailable, match=r"no g\+\+"):
+        load_kernels(cache_dir, "portable", kernels_dir=kernels_dir)
+    (line,) = warnings_of(caplog)
+    assert f"{path} is not usable (its checksum does not hold)" in line
+
+
+def test_without_a_compiler_a_library_that_others_can_write_is_refused(no_compiler, kernels_dir, cache_dir, caplog):
+    load_kernels(cache_dir, "portable", kernels_dir=kernels_dir)
+    cache_dir.chmod(0o777)
+    no_compiler()
+    with pytest.raises(NativeUnavailable, match=r"no g\+\+"):
+        load_kernels(cache_dir, "portable", kernels_dir=kernels_dir)
+    (line,) = warnings_of(caplog)
+    assert "is not used" in line
+    assert "can be written by other users" in line
 
 
 def test_compiler_that_does_not_start_is_a_named_reason(compiler, kernels_dir, cache_dir):
