@@ -50,16 +50,7 @@ def build_application(config: ZoneserveConfig) -> Application:
     """
     model_path = model_store.resolve(config.model.name, read_settings().model_cache).absolute()
     require_context(config, load_checkpoint(model_path).config.max_position)
-    config = config.model_copy(
-        update={
-            "trust": config.trust.model_copy(
-                update={
-                    "keys_file": config.trust.keys_file.absolute(),
-                    "master_key_file": config.trust.master_key_file.absolute(),
-                }
-            )
-        }
-    )
+    config = config.model_copy(update={"trust": config.trust.absolute()})
     prefill = None
     if config.mode == "disaggregated":
         prefill = _pool(Role.PREFILL, PrefillReplica, config, config.prefill).bind(config, str(model_path))

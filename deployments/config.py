@@ -8,8 +8,11 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deployments.trust.audit.log import AuditOptions
+
 MAX_CONFIG_BYTES = 1 << 20
 BUNDLED = Path(__file__).parent / "configs"
+_AUDIT = AuditOptions()
 
 
 class ConfigError(Exception):
@@ -104,12 +107,80 @@ class IngressSection(_Section):
     labels: dict[str, str] = Field(default_factory=dict)
 
 
+class JwtSection(_Section):
+    """Tokens of an identity provider: its keys from a JWKS file or URL, and what a token must say."""
+
+    jwks_file: Path | None = Field(default=None, strict=False)
+    jwks_url: str | None = Field(default=None, pattern=r"^https://[^\s/]+", max_length=2048)
+    issuer: str = Field(min_length=1, max_length=2048)
+    audience: str = Field(min_length=1, max_length=256)
+    subject_claim: str = Field(default="sub", min_length=1, max_length=256)
+    tenant_claim: str = Field(default="tenant", min_length=1, max_length=256)
+    roles_claim: str = Field(default="roles", min_length=1, max_length=256)
+    cases_claim: str = Field(default="cases", min_length=1, max_length=256)
+    leeway_s: float = Field(default=30.0, ge=0, le=300)
+
+    @model_validator(mode="after")
+    def _has_one_key_source(self) -> Self:
+        if (self.jwks_file is None) == (self.jwks_url is None):
+            raise ValueError("give exactly one of jwks_file and jwks_url")
+        return self
+
+
+class AuditSection(_Section):
+    """The audit log: where, its limits (see `AuditOptions`), and whether private work goes on where it cannot be
+    written."""
+
+    dir: Path = Field(strict=False)
+    on_failure: Literal["refuse", "continue"] = _AUDIT.on_failure
+    max_queue: int = Field(default=_AUDIT.max_queue, ge=1, le=1_000_000)
+    fsync_records: int = Field(default=_AUDIT.fsync_records, ge=1, le=100_000)
+    fsync_ms: int = Field(default=_AUDIT.fsync_ms, ge=0, le=10_000)
+    anchor_records: int = Field(default=_AUDIT.anchor_records, ge=1)
+    anchor_s: int = Field(default=_AUDIT.anchor_s, ge=1)
+    rotate_bytes: int = Field(default=_AUDIT.rotate_bytes, ge=1 << 16)
+    rotate_s: int = Field(default=_AUDIT.rotate_s, ge=60)
+    probe_s: float = Field(default=_AUDIT.probe_s, gt=0)
+    durable_timeout_s: float = Field(default=_AUDIT.durable_timeout_s, gt=0)
+
+    def options(self) -> AuditOptions:
+        return AuditOptions(**self.model_dump(exclude={"dir"}))
+
+
 class TrustSection(_Section):
-    """Files that hold the keys. `create_missing` is for one machine only: it makes them at first start."""
+    """Who may enter, who may share what, and where it is recorded.
+
+    `create_missing` is for one machine only: a local start makes the keys, and shares the shipped texts. Without `jwt`
+    static keys alone open the door; without `policy_file` the shipped policy holds; without manifests no text is
+    shared; without `audit` nothing is recorded.
+    """
 
     keys_file: Path = Field(strict=False)  # YAML has no paths, only strings
     master_key_file: Path = Field(strict=False)
     create_missing: bool = False
+    jwt: JwtSection | None = None
+    policy_file: Path | None = Field(default=None, strict=False)
+    policy_reload_s: float = Field(default=5.0, ge=0.1, description="between two looks at policy and manifests")
+    manifests_dir: Path | None = Field(default=None, strict=False)
+    manifest_keys_file: Path | None = Field(default=None, strict=False)
+    audit: AuditSection | None = None
+
+    @model_validator(mode="after")
+    def _manifests_have_keys(self) -> Self:
+        if (self.manifests_dir is None) != (self.manifest_keys_file is None):
+            raise ValueError("manifests_dir and manifest_keys_file go together")
+        return self
+
+    def absolute(self) -> TrustSection:
+        """The same with every path absolute."""
+        update: dict[str, object] = {
+            name: value.absolute() for name in type(self).model_fields if isinstance(value := getattr(self, name), Path)
+        }
+        if self.jwt is not None and self.jwt.jwks_file is not None:
+            update["jwt"] = self.jwt.model_copy(update={"jwks_file": self.jwt.jwks_file.absolute()})
+        if self.audit is not None:
+            update["audit"] = self.audit.model_copy(update={"dir": self.audit.dir.absolute()})
+        return self.model_copy(update=update)
 
 
 class ClaimsSection(_Section):

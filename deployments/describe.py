@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from deployments.affinity import can_pin
-from deployments.config import PoolSection, ZoneserveConfig, require_context
+from deployments.config import ConfigError, PoolSection, TrustSection, ZoneserveConfig, require_context
 from deployments.settings import read_settings
+from deployments.trust.policy import DEFAULT_POLICY, PolicyError, load_policy
 from engine import model_store
 from engine.checkpoint import load_checkpoint
 from engine.kv_cache import KVCacheLayout, native_slab_order
@@ -25,7 +26,7 @@ def describe(config: ZoneserveConfig, source: Path) -> RenderableType:
     """
     Raises:
         CheckpointError: The model is not in the cache or cannot be served.
-        ConfigError: The model's context is shorter than the configuration's.
+        ConfigError: The model's context is shorter than the configuration's, or the policy file cannot be used.
     """
     path = model_store.resolve(config.model.name, read_settings().model_cache)
     model = load_checkpoint(path).config
@@ -51,6 +52,8 @@ def describe(config: ZoneserveConfig, source: Path) -> RenderableType:
     facts.add_row("KV layout", layout.fingerprint()[:16])
     facts.add_row("endpoint", f"http://{config.ingress.host}:{config.ingress.port}")
     facts.add_row("in flight at most", f"{config.routing.max_inflight_requests} generations an ingress")
+    for name, text in _trust_rows(config.trust):
+        facts.add_row(name, text)
     columns = ("role", "replicas", "threads", "cores", "KV blocks", "KV memory each", "tokens each")
     pools = Table(*columns, title="would deploy")
     pools.add_row("ingress", str(config.ingress.replicas), "1", *["-"] * 4)
@@ -58,6 +61,28 @@ def describe(config: ZoneserveConfig, source: Path) -> RenderableType:
         pools.add_row("prefill", *_pool_cells(config.prefill, layout))
     pools.add_row("decode", *_pool_cells(config.decode, layout))
     return Group(facts, pools)
+
+
+def _trust_rows(trust: TrustSection) -> list[tuple[str, str]]:
+    policy_file = trust.policy_file or DEFAULT_POLICY
+    policy = f"{policy_file}, not on this machine"
+    if policy_file.exists():
+        try:
+            digest = load_policy(policy_file).digest[:16]
+        except PolicyError as error:
+            raise ConfigError(str(error)) from error
+        policy = f"{trust.policy_file or 'as shipped'}, {digest}, read again every {trust.policy_reload_s:g} s"
+    tokens = "none: static keys only"
+    if trust.jwt is not None:
+        source = trust.jwt.jwks_file or trust.jwt.jwks_url
+        tokens = f"of {trust.jwt.issuer} for {trust.jwt.audience}, keys from {source}"
+    shared = "nothing: there are no manifests"
+    if trust.manifests_dir is not None:
+        shared = f"what the manifests in {trust.manifests_dir} list, signed by keys of {trust.manifest_keys_file}"
+    audit = "none: nothing is recorded"
+    if trust.audit is not None:
+        audit = f"{trust.audit.dir}; where it cannot be written: {trust.audit.on_failure}"
+    return [("policy", policy), ("tokens", tokens), ("shared texts", shared), ("audit log", audit)]
 
 
 def _pool_cells(pool: PoolSection, layout: KVCacheLayout) -> list[str]:

@@ -29,6 +29,17 @@ logger = logging.getLogger("ray.serve.zoneserve.http")
 MAX_FAULTS_SHOWN = 3
 MAX_LOCATION_CHARS = 200
 MAX_LENGTH_DIGITS = 20
+# Headers that name a cache partition or a KV transfer: the zone comes from the credential alone.
+ZONE_HEADERS = frozenset({"x-zone", "x-trust-zone", "x-zoneserve-zone"})
+# The last four are Serve's own, which its proxy has obeyed before this: a gateway that lets them in shows in the count.
+STRIPPED_HEADERS = ZONE_HEADERS | {
+    "x-cache-salt",
+    "x-kv-transfer-params",
+    "x-request-timeout-seconds",
+    "x-request-disconnect-disabled",
+    "x-session-id",
+    "serve_multiplexed_model_id",
+}
 SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -93,6 +104,11 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def stripped_headers(request: Request) -> list[tuple[str, str]]:
+    """Names and values of the request's headers that nothing here obeys."""
+    return [(name, value) for name, value in request.headers.items() if name in STRIPPED_HEADERS]
 
 
 async def read_json(request: Request) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from starlette.exceptions import HTTPException
 from deployments import openai_api as api
 from deployments.client import DecodeClient
 from deployments.config import ZoneserveConfig
-from deployments.errors import BadRequest, InternalFault, ServeError, Unauthorized, UnknownModel
+from deployments.errors import BadRequest, InternalFault, ServeError, UnknownModel
 from deployments.generation import GenerationService, TokenisedPrompt
 from deployments.http import (
+    ZONE_HEADERS,
     BodyLimit,
     RequestCounter,
     bad_request,
@@ -33,13 +35,15 @@ from deployments.http import (
     event_stream,
     from_http_exception,
     read_json,
+    stripped_headers,
     with_first,
 )
 from deployments.metrics import exposition, ingress_metrics, merge_expositions
 from deployments.openai_shapes import ChatShape, CompletionShape
+from deployments.prompts import ZonedMessage, ZonedText, one_text, tokenise_chat
 from deployments.reviews import ReviewService
-from deployments.trust.labelling import unlabelled
-from deployments.trust.principals import Principal, Principals, read_master_key
+from deployments.trust.guard import TrustGuard
+from deployments.trust.principals import Principal, read_master_key
 from engine.block_hash import derive_key
 from engine.checkpoint import load_checkpoint
 from engine.errors import RequestError
@@ -109,9 +113,11 @@ class Ingress:
         self._tokenizer.warm_up()
         self._grammars = GrammarCompiler(self._tokenizer)
         self._grammars.warm_up()
-        self._principals = Principals.from_file(config.trust.keys_file)
         self._metrics = ingress_metrics()
         master_key = read_master_key(config.trust.master_key_file)
+        self._guard = TrustGuard(
+            config.trust, stream=f"ingress-{_replica_name()}", master_key=master_key, metrics=self._metrics
+        )
         self._generation = GenerationService(
             client=DecodeClient(decode, config.routing, self._metrics),
             config=config,
@@ -122,41 +128,53 @@ class Ingress:
             generation=self._generation,
             tokenizer=self._tokenizer,
             config=config,
+            guard=self._guard,
             metrics=self._metrics,
             weights_digest=checkpoint.weights_digest,
             pseudonym_key=derive_key(master_key, b"member-pseudonym"),
+            content_key=derive_key(master_key, b"audit-content"),
             arithmetic=self._decode_arithmetic,
         )
+
+    def __del__(self) -> None:
+        """Serve calls it when the replica shuts down in order."""
+        if hasattr(self, "_guard"):
+            self._guard.close()
 
     # -- generation
 
     async def chat_completions(self, request: Request) -> Response:
         arrival = time.monotonic()
-        principal = self._authenticate(request)
-        body = await self._parse(request, api.ChatRequest)
-        messages = [{"role": message.role, "content": message.text()} for message in body.messages]
-        token_ids = await asyncio.to_thread(lambda: self._tokenizer.encode_chat(messages).token_ids)
-        prompt = TokenisedPrompt(tuple(token_ids), unlabelled(len(token_ids), principal.zone))
-        choices = await self._choices(body, prompt, body.token_limit, body.num_logprobs)
+        principal = await self._authenticate(request)
+        body, claimed = await self._parse(request, api.ChatRequest)
         shape = ChatShape(self._config.model.served_name, self._tokenizer.token_bytes)
+        texts = [message.text() for message in body.messages]
+        grant = self._guard.scope(principal, shape.id).resolve(texts, body.metadata or {}, claimed)
+        messages = [
+            ZonedMessage(message.role, (ZonedText(text, zone),))
+            for message, text, zone in zip(body.messages, texts, grant.zones, strict=True)
+        ]
+        prompt = await asyncio.to_thread(tokenise_chat, self._tokenizer, messages, grant.private)
+        choices = await self._choices(body, prompt, body.token_limit, body.num_logprobs)
         return await self._respond(shape, body, prompt, choices, arrival)
 
     async def completions(self, request: Request) -> Response:
         arrival = time.monotonic()
-        principal = self._authenticate(request)
-        body = await self._parse(request, api.CompletionRequest)
-        token_ids = await asyncio.to_thread(self._prompt_ids, body.prompt)
-        prompt = TokenisedPrompt(tuple(token_ids), unlabelled(len(token_ids), principal.zone))
-        choices = await self._choices(body, prompt, body.token_limit, body.num_logprobs)
+        principal = await self._authenticate(request)
+        body, claimed = await self._parse(request, api.CompletionRequest)
         shape = CompletionShape(self._config.model.served_name, self._tokenizer.token_bytes)
+        texts = [body.text] if body.text is not None else []
+        grant = self._guard.scope(principal, shape.id).resolve(texts, body.metadata or {}, claimed)
+        token_ids = await asyncio.to_thread(self._prompt_ids, body)
+        prompt = one_text(token_ids, grant.zones[0] if grant.zones else grant.private, grant.private)
+        choices = await self._choices(body, prompt, body.token_limit, body.num_logprobs)
         return await self._respond(shape, body, prompt, choices, arrival)
 
-    def _prompt_ids(self, prompt: str | list[int] | list[str]) -> list[int]:
-        text = prompt if isinstance(prompt, str) else prompt[0]
-        if isinstance(text, str):
-            token_ids = self._tokenizer.encode(text)
+    def _prompt_ids(self, body: api.CompletionRequest) -> list[int]:
+        if body.text is not None:
+            token_ids = self._tokenizer.encode(body.text)
         else:
-            token_ids = [int(token_id) for token_id in prompt]
+            token_ids = [int(token_id) for token_id in body.prompt]
             if not all(0 <= token_id < self._tokenizer.vocab_size for token_id in token_ids):
                 raise BadRequest("a token id lies outside the vocabulary", param="prompt")
         if not token_ids:
@@ -196,7 +214,9 @@ class Ingress:
     # -- claims
 
     async def reviews(self, request: Request) -> Response:
-        principal = self._authenticate(request)
+        principal = await self._authenticate(request)
+        scope = self._guard.scope(principal, f"reviews-{uuid.uuid4().hex}")
+        scope.require_no_contradiction(self._strip_headers(request))
         body = self._reviews.parse(await read_json(request))
         if not body.stream:
             return JSONResponse(await self._reviews.whole(body, principal))
@@ -206,7 +226,7 @@ class Ingress:
     # -- operations
 
     async def models(self, request: Request) -> Response:
-        self._authenticate(request)
+        await self._authenticate(request)
         model = {
             "id": self._config.model.served_name,
             "object": "model",
@@ -236,7 +256,10 @@ class Ingress:
 
     async def metrics(self, request: Request) -> Response:
         texts: list[tuple[Mapping[str, str], str]] = [
-            ({"role": "ingress", "replica": _replica_name()}, exposition(self._metrics.registry))
+            (
+                {"role": "ingress", "replica": _replica_name()},
+                exposition(self._metrics.registry, self._guard.audit_metrics()),
+            )
         ]
         for role, handle in (("decode", self._decode), ("prefill", self._prefill)):
             if handle is None:
@@ -262,20 +285,29 @@ class Ingress:
 
     # -- checks
 
-    def _authenticate(self, request: Request) -> Principal:
-        principal = self._principals.authenticate(request.headers.get("authorization"))
-        if principal is None:
-            raise Unauthorized("a valid bearer key is required")
-        return principal
+    async def _authenticate(self, request: Request) -> Principal:
+        return await self._guard.authenticate(request.headers.get("authorization"))
 
-    async def _parse(self, request: Request, kind: Any) -> Any:
+    async def _parse(self, request: Request, kind: Any) -> tuple[Any, list[object]]:
+        """The body without what a client may not decide, and the zones that it named there."""
         document = await read_json(request)
-        for name in api.strip_client_parameters(document):
+        claimed = self._strip_headers(request)
+        for name, value in api.strip_client_parameters(document).items():
             self._metrics.stripped.labels(name).inc()
+            if name in api.ZONE_PARAMETERS and value is not None:
+                claimed.append(value)
         body = kind.model_validate(document)
         if body.model != self._config.model.served_name:
             raise UnknownModel(f"the model {body.model!r} does not exist", param="model")
-        return body
+        return body, claimed
+
+    def _strip_headers(self, request: Request) -> list[object]:
+        claimed: list[object] = []
+        for name, value in stripped_headers(request):
+            self._metrics.stripped.labels(name).inc()
+            if name in ZONE_HEADERS:
+                claimed.append(value)
+        return claimed
 
 
 def _replica_name() -> str:

@@ -13,16 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import yaml
 
 from deployments.config import ConfigError, ZoneserveConfig
 from deployments.settings import prepare_ray_environment
+from deployments.trust.audit.files import AuditDirectory, AuditError
+from deployments.trust.manifest import ManifestError
+from deployments.trust.manifest_keys import TrustedKeys, create_signing_key, read_signing_key
+from deployments.trust.manifest_keys import trust as trust_key
+from deployments.trust.policy import DEFAULT_POLICY, PolicyError, load_policy
 from deployments.trust.principals import Principals, create_missing_keys, read_master_key
+from deployments.trust.shareable import PublicationVetoed, publish_shipped
+from engine.zone import PUBLIC
 
 OBJECT_STORE_BYTES = 150 << 20
 READY_TIMEOUT_S = 120.0
 READY_POLL_S = 0.1
 CLIENT_KEY_FILE = Path("out/local-key")
 APPLICATION = "zoneserve"
+SIGNING_KEY_NAME = "manifest-signing.pem"
+SHIPPED_APPROVER = "zoneserve"
 
 
 class LocalDeploymentError(Exception):
@@ -43,10 +53,12 @@ def local_deployment(config: ZoneserveConfig, *, client_key_file: Path = CLIENT_
 
     Raises:
         LocalDeploymentError: The port is taken, or the deployment did not become healthy in time.
-        ConfigError: Key files are missing and may not be made. KeyFileError: One of them cannot be used.
+        ConfigError: Key files are missing and may not be made; the policy or the audit directory cannot be used; the
+            shipped texts cannot be shared. KeyFileError: A key file cannot be used.
     """
     prepare_ray_environment()
     key = _client_key(config, client_key_file)
+    _prepare_trust(config)
     _require_free_port(config.ingress.host, config.ingress.port)
     import ray
     from ray import serve
@@ -84,6 +96,50 @@ def _client_key(config: ZoneserveConfig, client_key_file: Path) -> str:
     Principals.from_file(config.trust.keys_file)
     read_master_key(config.trust.master_key_file)
     return client_key_file.read_text(encoding="utf-8").strip() if client_key_file.is_file() else ""
+
+
+def _prepare_trust(config: ZoneserveConfig) -> None:
+    """Check what a replica could only refuse into its log; with `create_missing`, sign the shipped texts for every
+    tenant of the keys file, with a key that is made beside the trusted ones.
+
+    Raises:
+        ConfigError: The policy or the audit directory cannot be used, or the texts cannot be signed.
+        KeyFileError: A key cannot be used.
+    """
+    try:
+        load_policy(config.trust.policy_file or DEFAULT_POLICY)
+        if config.trust.audit is not None:
+            AuditDirectory(config.trust.audit.dir, create=True).close()
+    except (PolicyError, AuditError) as error:
+        raise ConfigError(str(error)) from error
+    folder, trusted_file = config.trust.manifests_dir, config.trust.manifest_keys_file
+    if folder is None or trusted_file is None:
+        return
+    if config.trust.create_missing:
+        try:
+            _publish_shipped(config, folder, trusted_file)
+        except (ManifestError, PublicationVetoed, OSError) as error:
+            raise ConfigError(f"{folder}: the shipped texts cannot be shared: {error}") from error
+    TrustedKeys.from_file(trusted_file)
+
+
+def _publish_shipped(config: ZoneserveConfig, folder: Path, trusted_file: Path) -> None:
+    listed = yaml.safe_load(config.trust.keys_file.read_text(encoding="utf-8"))["keys"]  # checked a moment ago
+    tenants = sorted({entry["tenant"] for entry in listed})
+    key_file = trusted_file.with_name(SIGNING_KEY_NAME)
+    key = read_signing_key(key_file) if key_file.exists() else create_signing_key(key_file)
+    trust_key(trusted_file, key.public_key(), [PUBLIC.path, *(f"tenant/{tenant}/plan/*" for tenant in tenants)])
+    folder.mkdir(parents=True, exist_ok=True)
+    for tenant in tenants:
+        publish_shipped(
+            folder,
+            key,
+            TrustedKeys.from_file(trusted_file),
+            tenant=tenant,
+            plans=[config.claims.plan],
+            approver=SHIPPED_APPROVER,
+            now=time.time(),
+        )
 
 
 def _logical_cpus(config: ZoneserveConfig) -> float:

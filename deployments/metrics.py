@@ -15,6 +15,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from deployments.trust.audit.log import AuditCounts
 from engine.engine import EngineStats
 
 PREFIX = "zoneserve_"
@@ -63,6 +64,21 @@ class IngressMetrics:
         self.generation_tokens = self._counter("generation_tokens", "Tokens streamed to clients", [])
         self.reviews = self._counter("reviews", "Claim reviews by recommended action", ["action"])
         self.dispositions = self._counter("dispositions", "Claim inputs not reviewed, by reason", ["reason"])
+        self.auth_denials = self._counter("auth_denials", "Requests that named no principal, by reason", ["reason"])
+        self.zone_denials = self._counter(
+            "zone_denials", "Zones denied to a call, by reason: a contradiction (403), or the policy", ["reason"]
+        )
+        self.segment_denials = self._counter(
+            "segment_denials", "Texts that were to be shared and are private, by reason", ["reason"]
+        )
+        self.policy_reloads = self._counter("policy_reloads", "Policy files read, by outcome", ["outcome"])
+        self.manifest_refusals = self._counter(
+            "manifest_refusals", "Manifests that are refused, or in force no longer, by reason", ["reason"]
+        )
+        self.manifests_in_force = Gauge(
+            PREFIX + "manifests_in_force", "Zones that a manifest shares text in", registry=self.registry
+        )
+        self.jwks_fetches = self._counter("jwks_fetches", "Reads of the token signers' keys, by outcome", ["outcome"])
         self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token")
         self.itl = self._histogram("inter_token_latency_seconds", "Gap between two tokens", GAP_BUCKETS)
         self.tpot = self._histogram("request_time_per_output_token_seconds", "Mean gap of a request", GAP_BUCKETS)
@@ -166,6 +182,28 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(PREFIX + name, "KV transfer count", value)
 
 
+class AuditCollector(Collector):
+    """An audit log's counts at scrape time."""
+
+    def __init__(self, counts: AuditCounts, *, is_writable: bool) -> None:
+        self._counts = counts
+        self._is_writable = is_writable
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(PREFIX + "audit_writable", "1 while the audit log can be written", self._is_writable)
+        for name, value in asdict(self._counts).items():
+            yield CounterMetricFamily(PREFIX + "audit_" + name, _AUDIT_COUNTERS[name], value)
+
+
+_AUDIT_COUNTERS = {
+    "appended": "Audit records that reached the medium",
+    "fsyncs": "Commits of the audit log",
+    "rotations": "Audit files closed for size or age",
+    "anchors": "Anchors of the audit log",
+    "failures": "Commits of the audit log that failed, and outages for a full queue",
+    "refused": "Callers refused because the audit log cannot be written",
+    "lost": "Events that no audit record was written of",
+}
 _ENGINE_COUNTERS = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache",

@@ -18,7 +18,8 @@ MAX_MESSAGES = 1024
 MAX_TEMPERATURE = 2.0
 DEFAULT_COMPLETION_TOKENS = 16
 # Parameters that name a cache partition or a KV transfer: the zone comes from the credential alone.
-STRIPPED_PARAMETERS = ("cache_salt", "extra_key", "kv_transfer_params", "zone", "trust_zone")
+ZONE_PARAMETERS = ("zone", "trust_zone")
+STRIPPED_PARAMETERS = ("cache_salt", "extra_key", "kv_transfer_params", *ZONE_PARAMETERS)
 
 TokenBytes = Callable[[int], bytes]
 """UTF-8 bytes of a token id, perhaps of a part of a character."""
@@ -164,6 +165,12 @@ class CompletionRequest(_Generation):
         return prompt
 
     @property
+    def text(self) -> str | None:
+        """None for a prompt of token ids."""
+        prompt = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+        return prompt if isinstance(prompt, str) else None
+
+    @property
     def token_limit(self) -> int:
         return self.max_tokens or DEFAULT_COMPLETION_TOKENS
 
@@ -172,12 +179,9 @@ class CompletionRequest(_Generation):
         return self.logprobs
 
 
-def strip_client_parameters(document: dict[str, Any]) -> list[str]:
-    """Remove what a client may not decide; returns the names that were there."""
-    present = [name for name in STRIPPED_PARAMETERS if name in document]
-    for name in present:
-        del document[name]
-    return present
+def strip_client_parameters(document: dict[str, Any]) -> dict[str, Any]:
+    """Remove what a client may not decide; returns what was there, by name."""
+    return {name: document.pop(name) for name in STRIPPED_PARAMETERS if name in document}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

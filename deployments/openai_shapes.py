@@ -18,7 +18,8 @@ class ChatShape:
 
     def __init__(self, model: str, token_bytes: api.TokenBytes) -> None:
         self._token_bytes = token_bytes
-        self._base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._base = {"id": self.id, "created": int(time.time()), "model": model}
 
     def whole(self, prompt_tokens: int, results: list[Completed]) -> dict[str, object]:
         choices = [
@@ -67,12 +68,8 @@ class CompletionShape:
 
     def __init__(self, model: str, token_bytes: api.TokenBytes) -> None:
         self._token_bytes = token_bytes
-        self._base = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self._base = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
 
     def whole(self, prompt_tokens: int, results: list[Completed]) -> dict[str, object]:
         choices = [

@@ -6,8 +6,10 @@ import asyncio
 import base64
 import binascii
 import datetime as dt
+import hmac
 import json
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -18,20 +20,24 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from deployments.claims.dispositions import Disposition, IntakeResult
 from deployments.claims.history import with_history
 from deployments.claims.intake import MAX_FILE_BYTES, ClaimIntake
-from deployments.claims.model import Claim, Pseudonymiser
+from deployments.claims.model import Claim, Pseudonymiser, canonical_sha256
 from deployments.claims.plan import load_plan
 from deployments.claims.prompt import LabelledPrompt, slug
 from deployments.claims.review_model import Generation, Usage
+from deployments.claims.review_schema import review_schema
 from deployments.claims.reviewer import ClaimReviewer, ModelIdentity, ReviewResult
 from deployments.config import ZoneserveConfig
 from deployments.errors import BadRequest, BodyTooLarge
 from deployments.generation import GenerationService, TokenisedPrompt
 from deployments.metrics import IngressMetrics
-from deployments.trust.labelling import TextSpan, label_tokens, unlabelled
+from deployments.prompts import ZonedMessage, ZonedText, tokenise_chat
+from deployments.trust.audit.record import Value
+from deployments.trust.guard import TrustGuard
 from deployments.trust.principals import Principal
+from deployments.trust.resolve import Grant
+from deployments.trust.scope import CallScope
 from engine.request import SamplingParams
 from engine.tokenizer import Tokenizer
-from engine.zone import PUBLIC, Zone
 
 MAX_FILES = 100
 MAX_FILE_NAME_CHARS = 200
@@ -90,20 +96,29 @@ class ReviewService:
         generation: GenerationService,
         tokenizer: Tokenizer,
         config: ZoneserveConfig,
+        guard: TrustGuard,
         metrics: IngressMetrics,
         weights_digest: str,
         pseudonym_key: bytes,
+        content_key: bytes,
         arithmetic: Callable[[], Awaitable[str]],
     ) -> None:
-        """`arithmetic`: what the decode pool computes with now; a review's identity names it, and not what was asked
-        for, since a replica that fell back answers with other bits."""
+        """
+        Args:
+            content_key: Under which the audit log's digests of content are made.
+            arithmetic: What the decode pool computes with now; a review's identity names it, and not what was asked
+                for, since a replica that fell back answers with other bits.
+        """
+        self._generation = generation
+        self._tokenizer = tokenizer
         self._config = config
+        self._guard = guard
         self._metrics = metrics
         self._weights_digest = weights_digest
         self._pseudonym_key = pseudonym_key
+        self._content_key = content_key
         self._arithmetic = arithmetic
-        self._model = ServedReviewModel(generation, tokenizer)
-        self._reviewers: dict[str, ClaimReviewer] = {}
+        self._schema_digest = canonical_sha256(review_schema())
         self._seats = asyncio.Semaphore(config.claims.max_concurrent_reviews)
 
     def parse(self, document: dict[str, Any]) -> ReviewRequest:
@@ -131,13 +146,13 @@ class ReviewService:
             raise BodyTooLarge(
                 f"{len(claims)} claims in one call; at most {self._config.claims.max_claims_per_call}", param="files"
             )
-        reviewer = self._reviewer(await self._arithmetic())
+        arithmetic = await self._arithmetic()
         yield {"type": "accepted", "num_claims": len(claims), "num_files": len(results)}
         for disposition in (item for result in results for item in result.dispositions):
             self._metrics.dispositions.labels(disposition.reason.value).inc()
             yield {"type": "disposition", "disposition": _plain(disposition)}
         plan = request.plan or self._config.claims.plan
-        async with aclosing(self._reviews(reviewer, claims, principal, plan)) as reviews:
+        async with aclosing(self._reviews(arithmetic, claims, principal, plan)) as reviews:
             async for result in reviews:
                 self._metrics.reviews.labels(result.review["recommended_action"]).inc()
                 yield {
@@ -163,28 +178,19 @@ class ReviewService:
         intake = ClaimIntake(Pseudonymiser(self._pseudonym_key, tenant))
         return [intake.read_bytes(data[: MAX_FILE_BYTES + 1], name=name) for name, data in inputs]
 
-    def _reviewer(self, arithmetic: str) -> ClaimReviewer:
-        """One for each arithmetic, of which a deployment has one, or two where some of its nodes fell back."""
-        reviewer = self._reviewers.get(arithmetic)
-        if reviewer is None:
-            config = self._config
-            reviewer = self._reviewers[arithmetic] = ClaimReviewer(
-                self._model,
-                identity=ModelIdentity(config.model.served_name, f"{self._weights_digest[:16]}-{arithmetic}"),
-                clock=lambda: dt.datetime.now(dt.UTC),
-                max_tokens=config.claims.max_tokens,
-                deadline_s=config.routing.request_timeout_s,
-            )
-        return reviewer
-
     async def _reviews(
-        self, reviewer: ClaimReviewer, claims: list[Claim], principal: Principal, plan: str
+        self, arithmetic: str, claims: list[Claim], principal: Principal, plan: str
     ) -> AsyncGenerator[ReviewResult, None]:
         stems = _file_stems(claims)
 
         async def one(claim: Claim, history: tuple[Claim, ...], stem: str) -> ReviewResult:
             async with self._seats:
-                return await reviewer.review(claim, tenant=principal.tenant, plan=plan, history=history, file_stem=stem)
+                scope = self._guard.scope(principal, f"review-{uuid.uuid4().hex}")
+                result = await self._reviewer(scope, arithmetic).review(
+                    claim, tenant=principal.tenant, plan=plan, history=history, file_stem=stem
+                )
+                await scope.completed(self._record(result, arithmetic))
+                return result
 
         tasks = [
             asyncio.create_task(one(claim, history, stem))
@@ -198,19 +204,56 @@ class ReviewService:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _reviewer(self, scope: CallScope, arithmetic: str) -> ClaimReviewer:
+        config = self._config
+        return ClaimReviewer(
+            ServedReviewModel(self._generation, self._tokenizer, scope),
+            identity=ModelIdentity(config.model.served_name, f"{self._weights_digest[:16]}-{arithmetic}"),
+            clock=lambda: dt.datetime.now(dt.UTC),
+            max_tokens=config.claims.max_tokens,
+            deadline_s=config.routing.request_timeout_s,
+        )
+
+    def _record(self, result: ReviewResult, arithmetic: str) -> dict[str, Value]:
+        """What the audit log keeps of a review: what it takes to run it again, and to tell whether it came out the
+        same. Digests of what a claim says are keyed."""
+        review, provenance = result.review, result.review["provenance"]
+        output = {name: value for name, value in review.items() if name != "created"}
+        return {
+            "review_id": review["review_id"],
+            "zone": review["zone"],
+            "outcome": review["abstained_reason"] or "answered",
+            "action": review["recommended_action"],
+            "plan": review["plan"],
+            "arithmetic": arithmetic.replace("+", "/"),
+            "model_digest": self._weights_digest,
+            "schema_digest": self._schema_digest,
+            "rules_digest": provenance["rules_digest"],
+            "claim_digest": self._keyed(provenance["claim_digest"]),
+            "prompt_digest": self._keyed(provenance["prompt_digest"]),
+            "output_digest": self._keyed(canonical_sha256(output)),
+            "max_tokens": self._config.claims.max_tokens,
+            "num_prompt_tokens": result.serving["prompt_tokens"],
+            "num_output_tokens": result.serving["completion_tokens"],
+        }
+
+    def _keyed(self, digest: str) -> str:
+        return hmac.digest(self._content_key, digest.encode(), "sha256").hex()
+
 
 class ServedReviewModel:
     """The review model over this deployment's own generation: labelled, tokenised once, greedy."""
 
-    def __init__(self, generation: GenerationService, tokenizer: Tokenizer) -> None:
+    def __init__(self, generation: GenerationService, tokenizer: Tokenizer, scope: CallScope) -> None:
         self._generation = generation
         self._tokenizer = tokenizer
+        self._scope = scope
 
     async def generate(
         self, prompt: LabelledPrompt, *, json_schema: Mapping[str, object] | None, max_tokens: int, request_id: str
     ) -> Generation:
         arrival = time.monotonic()
-        tokenised = await asyncio.to_thread(tokenise, self._tokenizer, prompt)
+        tokenised = await asyncio.to_thread(tokenise, self._tokenizer, prompt, self._scope.label(prompt))
         sampling = SamplingParams(
             max_tokens=self._generation.token_limit(len(tokenised.token_ids), max_tokens),
             json_schema=None if json_schema is None else json.dumps(json_schema),
@@ -227,28 +270,15 @@ class ServedReviewModel:
         )
 
 
-def tokenise(tokenizer: Tokenizer, prompt: LabelledPrompt) -> TokenisedPrompt:
-    """Render the chat once and give every token the join of the segments up to its last character.
-
-    Where the template hides which characters are whose, the whole prompt takes its most private zone.
-    """
-    messages = [
-        {"role": role, "content": text} for role, text in (("system", prompt.system), ("user", prompt.user)) if text
-    ]
-    chat = tokenizer.encode_chat(messages)
-    if chat.spans is None:
-        zone = Zone.parse(prompt.zone)
-        return TokenisedPrompt(chat.token_ids, unlabelled(len(chat.token_ids), zone))
-    spans: list[TextSpan] = []
-    for message, content in zip(messages, chat.spans, strict=True):
-        position = 0
-        for segment in prompt.segments:
-            if segment.role != message["role"]:
-                continue
-            start, end = content.locate(position), content.locate(position + len(segment.text))
-            position += len(segment.text)
-            spans.append(TextSpan(start, end, Zone.parse(segment.zone)))
-    return TokenisedPrompt(chat.token_ids, label_tokens(chat.offsets, spans, scaffold=PUBLIC))
+def tokenise(tokenizer: Tokenizer, prompt: LabelledPrompt, grant: Grant) -> TokenisedPrompt:
+    """The prompt as a system and a user message, each segment in the zone granted to it."""
+    zoned = list(zip(prompt.segments, grant.zones, strict=True))
+    messages = []
+    for role in ("system", "user"):
+        texts = tuple(ZonedText(segment.text, zone) for segment, zone in zoned if segment.role == role)
+        if any(text.text for text in texts):
+            messages.append(ZonedMessage(role, texts))
+    return tokenise_chat(tokenizer, messages, grant.private)
 
 
 def _file_stems(claims: list[Claim]) -> list[str]:

@@ -27,6 +27,9 @@ STOP_TIMEOUT_S = 60.0
 POLL_S = 0.5
 LOG_TAIL_LINES = 20
 
+MANIFESTS, MANIFEST_KEYS = "manifests", "manifest-keys.yaml"
+PLAN = "synthetic-ppo"  # of the shipped configurations
+
 # The zone must be one whose blocks may be found again by the same caller; a key without one caches nothing.
 PRINCIPAL = {"principal": "load", "tenant": "load", "zone": "tenant/load/case/load"}
 
@@ -62,6 +65,7 @@ def local_server(directory: Path, *, config: Path = LOCAL_CONFIG) -> Iterator[Se
     directory.mkdir(parents=True, exist_ok=True)
     port = free_port()
     prepared, key_file = _prepare(directory, config, port)
+    _share_shipped_texts(directory)
     log_file = directory / "serve.log"
     command = [str(Path(sys.executable).with_name("zoneserve")), "serve", "--config", str(prepared)]
     with log_file.open("wb") as log:
@@ -88,14 +92,35 @@ def _prepare(directory: Path, config: Path, port: int) -> tuple[Path, Path]:
 
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     settings["ingress"] = settings.get("ingress", {}) | {"host": "127.0.0.1", "port": port}
-    settings["trust"] = {
+    settings["trust"] = settings["trust"] | {
         "keys_file": str(keys_file.absolute()),
         "master_key_file": str(master_key_file.absolute()),
         "create_missing": False,
+        "manifests_dir": str((directory / MANIFESTS).absolute()),
+        "manifest_keys_file": str((directory / MANIFEST_KEYS).absolute()),
+        "audit": {"dir": str((directory / "audit").absolute())},
     }
     prepared = directory / "config.yaml"
     prepared.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return prepared, key_file
+
+
+def _share_shipped_texts(directory: Path) -> None:
+    """Sign them for the caller's tenant with a key of this folder's, as a local start does for its own."""
+    zoneserve = str(Path(sys.executable).with_name("zoneserve"))
+    key, trusted = directory / "manifest-signing.pem", directory / MANIFEST_KEYS
+    tenant = PRINCIPAL["tenant"]
+    commands = [
+        ["publish-shipped", "--tenant", tenant, "--plan", PLAN, "--key", str(key), "--trusted", str(trusted),
+         "--approver", "zoneserve", "--out", str(directory / MANIFESTS)],
+    ]  # fmt: skip
+    if not key.exists():
+        zones = ["--zone", "public", "--zone", f"tenant/{tenant}/plan/*"]
+        commands.insert(0, ["keygen", str(key), *zones, "--trusted", str(trusted)])
+    for command in commands:
+        done = subprocess.run([zoneserve, "zone", *command], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise ServerError(f"zoneserve zone {command[0]}: {done.stderr.strip()}")
 
 
 def _write_private(path: Path, text: str) -> None:

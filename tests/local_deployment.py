@@ -4,6 +4,7 @@ the shipped configuration asks for, gives way to torch then."""
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 import socket
 import time
@@ -13,13 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jwt
 import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from deployments.config import BUNDLED, ZoneserveConfig, parse_config
 from deployments.messages import GenerateCall, TokenEvent
+from deployments.trust.policy import DEFAULT_POLICY
 from engine.request import SamplingParams
 from engine.zone import Zone, ZoneSpan
 
+ISSUER, AUDIENCE = "https://id.example", "zoneserve-tests"
 TENANTS = {"alpha": "tenant/alpha/case/one", "beta": "tenant/beta/case/one", "gamma": "ephemeral"}
 CLEAN_WITHIN_S = 1.0
 RECOVERY_TIMEOUT_S = 60.0
@@ -33,9 +38,16 @@ class Deployment:
     url: str
     config: ZoneserveConfig
     keys: dict[str, str]
+    signer: ec.EllipticCurvePrivateKey
 
     def headers(self, tenant: str = "gamma") -> dict[str, str]:
         return {"Authorization": f"Bearer {self.keys[tenant]}"}
+
+    def token_headers(self, *, key: ec.EllipticCurvePrivateKey | None = None, **claims: object) -> dict[str, str]:
+        """Headers of a caller with a token that names `tenant` alpha and no case, unless `claims` say otherwise."""
+        good = {"iss": ISSUER, "aud": AUDIENCE, "sub": "ann", "tenant": "alpha", "exp": int(time.time()) + 600}
+        token = jwt.encode(good | claims, key or self.signer, algorithm="ES256", headers={"kid": "key-1"})
+        return {"Authorization": f"Bearer {token}"}
 
     def handle(self, role: str) -> Any:
         from ray import serve
@@ -104,6 +116,13 @@ def _write_keys(folder: Path) -> dict[str, str]:
     return keys
 
 
+def _write_jwks(path: Path) -> ec.EllipticCurvePrivateKey:
+    signer = ec.generate_private_key(ec.SECP256R1())
+    public = jwt.algorithms.ECAlgorithm.to_jwk(signer.public_key(), as_dict=True)
+    path.write_text(json.dumps({"keys": [public | {"kid": "key-1"}]}))
+    return signer
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -123,8 +142,19 @@ def start_deployment(model_path: Path, folder: Path) -> Iterator[Deployment]:
     document["claims"] |= {"max_claims_per_call": 100}
     document["ingress"] |= {"port": _free_port()}
     document["routing"] |= {"reserve_timeout_s": 20, "request_timeout_s": 120}
-    document["trust"] = {"keys_file": str(folder / "keys.yaml"), "master_key_file": str(folder / "master.key")}
-    keys = _write_keys(folder)
+    document["trust"] = {
+        "keys_file": str(folder / "keys.yaml"),
+        "master_key_file": str(folder / "master.key"),
+        "create_missing": True,
+        "jwt": {"jwks_file": str(folder / "jwks.json"), "issuer": ISSUER, "audience": AUDIENCE},
+        "policy_file": str(folder / "policy.yaml"),
+        "policy_reload_s": 0.2,
+        "manifests_dir": str(folder / "manifests"),
+        "manifest_keys_file": str(folder / "manifest-keys.yaml"),
+        "audit": {"dir": str(folder / "audit"), "probe_s": 0.2},
+    }
+    (folder / "policy.yaml").write_bytes(DEFAULT_POLICY.read_bytes())
+    keys, signer = _write_keys(folder), _write_jwks(folder / "jwks.json")
     config = parse_config(document)
     with local_deployment(config, client_key_file=folder / "client-key") as endpoint:
-        yield Deployment(endpoint.url, config, keys)
+        yield Deployment(endpoint.url, config, keys, signer)

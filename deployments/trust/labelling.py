@@ -54,3 +54,14 @@ def label_tokens(
 def unlabelled(num_tokens: int, zone: Zone = EPHEMERAL) -> tuple[ZoneSpan, ...]:
     """The whole prompt in one zone: the default of no."""
     return (ZoneSpan(num_tokens, zone),)
+
+
+def with_private_end(spans: tuple[ZoneSpan, ...], private: Zone) -> tuple[ZoneSpan, ...]:
+    """The spans with the last token, and so all that is generated after it, joined with `private`."""
+    *before, last = spans
+    joined = last.zone.join(private)
+    if joined == last.zone:
+        return spans
+    begin = before[-1].end if before else 0
+    kept = (ZoneSpan(last.end - 1, last.zone),) if last.end - 1 > begin else ()
+    return (*before, *kept, ZoneSpan(last.end, joined))

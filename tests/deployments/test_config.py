@@ -20,6 +20,7 @@ from deployments.config import (
     parse_config,
     shipped_names,
 )
+from deployments.trust.audit import AuditOptions
 from tests.deployments.support import local_config, local_document, write_yaml
 
 SECTIONS = ["model", "engine", "prefill", "decode", "transfer", "routing", "ingress", "trust", "claims"]
@@ -129,6 +130,13 @@ def test_missing_section_without_defaults_is_named(section: str) -> None:
         ("ingress.replicas", 0),
         ("ingress.max_body_bytes", 1023),
         ("ingress.max_ongoing_requests", 0),
+        ("trust.policy_reload_s", 0),
+        ("trust.audit.on_failure", "ignore"),
+        ("trust.audit.max_queue", 0),
+        ("trust.audit.fsync_records", 0),
+        ("trust.audit.fsync_ms", -1),
+        ("trust.audit.rotate_bytes", 100),
+        ("trust.audit.probe_s", 0),
         ("claims.plan", "Not A Plan"),
         ("claims.plan", "../other"),
         ("claims.max_tokens", 15),
@@ -151,6 +159,8 @@ def test_value_out_of_range_is_refused_with_its_key(path: str, value: object) ->
         ("trust.create_missing", "yes"),
         ("trust.keys_file", 5),
         ("trust.keys_file", None),
+        ("trust.manifests_dir", 5),
+        ("trust.audit.dir", None),
         ("model.served_name", 7),
         ("decode.labels", {"role": 1}),
         ("decode.cpus", [True]),
@@ -297,3 +307,58 @@ def test_parsing_leaves_the_document_alone() -> None:
     before = copy.deepcopy(document)
     parse_config(document)
     assert document == before
+
+
+JWT = {"jwks_file": "keys/jwks.json", "issuer": "https://id.example", "audience": "zoneserve"}
+
+
+def with_trust(**changes: object) -> dict[str, Any]:
+    document = local_document()
+    document["trust"] |= changes
+    return document
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"manifests_dir": None}, "trust: manifests_dir and manifest_keys_file go together"),
+        ({"manifest_keys_file": None}, "trust: manifests_dir and manifest_keys_file go together"),
+        (
+            {"jwt": JWT | {"jwks_url": "https://id.example/keys"}},
+            r"trust\.jwt: give exactly one of jwks_file and jwks_url",
+        ),
+        ({"jwt": JWT | {"jwks_file": None}}, r"trust\.jwt: give exactly one of jwks_file and jwks_url"),
+        ({"jwt": JWT | {"jwks_file": None, "jwks_url": "http://id.example/keys"}}, r"trust\.jwt\.jwks_url: "),
+        ({"jwt": JWT | {"audience": ""}}, r"trust\.jwt\.audience: "),
+        ({"jwt": JWT | {"colour": "red"}}, r"trust\.jwt\.colour: Extra inputs"),
+        ({"audit": {"dir": "logs", "colour": "red"}}, r"trust\.audit\.colour: Extra inputs"),
+    ],
+)
+def test_trust_that_does_not_fit_together_is_refused(changes: dict[str, object], fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        parse_config(with_trust(**changes))
+
+
+def test_trust_needs_no_more_than_keys() -> None:
+    document = local_document()
+    document["trust"] = {"keys_file": "keys.yaml", "master_key_file": "master.key"}
+    trust = parse_config(document).trust
+    assert (trust.jwt, trust.policy_file, trust.manifests_dir, trust.manifest_keys_file, trust.audit) == (None,) * 5
+
+
+def test_audit_limits_are_those_of_the_log_unless_the_file_says_otherwise() -> None:
+    audit = parse_config(with_trust(audit={"dir": "logs", "on_failure": "continue", "fsync_ms": 50})).trust.audit
+    assert audit is not None
+    assert audit.options() == AuditOptions(on_failure="continue", fsync_ms=50)
+
+
+def test_every_path_of_trust_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trust = parse_config(with_trust(jwt=JWT, policy_file="policy.yaml")).trust.absolute()
+    assert trust.policy_file == tmp_path / "policy.yaml"
+    assert trust.jwt is not None
+    assert trust.jwt.jwks_file == tmp_path / "keys" / "jwks.json"
+    assert trust.audit is not None
+    paths = [trust.keys_file, trust.master_key_file, trust.manifests_dir, trust.manifest_keys_file, trust.audit.dir]
+    assert all(path is not None and path.is_relative_to(tmp_path) for path in paths)
+    assert not [text for text in trust.model_dump_json().split('"') if text.startswith(("out/", "keys/", "policy."))]

@@ -119,3 +119,26 @@ def test_context_longer_than_the_models_is_refused() -> None:
 def test_what_is_described_is_what_the_bundled_file_says() -> None:
     document = local_document()
     assert row(text_of(local_config()), "decode")[4] == str(document["decode"]["num_blocks"])
+
+
+def test_what_trust_rests_on_is_said_and_what_is_missing_too(tmp_path: Path) -> None:
+    text = text_of(local_config())
+    assert row(text, "policy")[1].startswith("as shipped, ")
+    assert row(text, "tokens") == ["tokens", "none: static keys only"]
+    assert row(text, "shared texts")[1].startswith("what the manifests in out/local/manifests list")
+    assert row(text, "audit log") == ["audit log", "out/local/audit; where it cannot be written: refuse"]
+    jwt = {"jwks_url": "https://id.example/keys", "issuer": "https://id.example", "audience": "zoneserve"}
+    less: dict[str, object] = {
+        "manifests_dir": None, "manifest_keys_file": None, "audit": None, "jwt": jwt, "policy_file": "/absent.yaml"
+    }  # fmt: skip
+    text = text_of(local_config(trust=less))
+    assert row(text, "policy") == ["policy", "/absent.yaml, not on this machine"]
+    assert "keys from https://id.example/keys" in row(text, "tokens")[1]
+    assert row(text, "shared texts") == ["shared texts", "nothing: there are no manifests"]
+    assert row(text, "audit log") == ["audit log", "none: nothing is recorded"]
+
+
+def test_a_policy_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("version: 1\nrules: [{subject: '*', zone: public, allow: [fly]}]\n")
+    with pytest.raises(ConfigError, match=r"policy\.yaml: rules\.0\.allow"):
+        describe(local_config(trust={"policy_file": str(tmp_path / "policy.yaml")}), Path("some.yaml"))

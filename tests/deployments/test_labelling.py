@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.trust.labelling import TextSpan, label_tokens, unlabelled
+from deployments.trust.labelling import TextSpan, label_tokens, unlabelled, with_private_end
 from engine.zone import EPHEMERAL, PUBLIC, Zone, ZoneSpan, zone_at
 
 PLAN = Zone.parse("tenant/t/plan/p")
@@ -154,3 +154,23 @@ def test_the_engine_reads_the_same_zone_from_the_spans(
 def test_unlabelled_prompt_is_ephemeral_from_end_to_end() -> None:
     assert unlabelled(7) == (ZoneSpan(7, EPHEMERAL),)
     assert unlabelled(7, CASE) == (ZoneSpan(7, CASE),)
+
+
+@given(labelled_texts(), st.sampled_from(ZONES))
+def test_only_the_last_token_is_closed_and_all_that_follows_it(
+    text: tuple[list[tuple[int, int]], list[TextSpan], Zone], private: Zone
+) -> None:
+    offsets, spans, scaffold = text
+    labels = label_tokens(offsets, spans, scaffold=scaffold)
+    if not labels:
+        return
+    closed = with_private_end(labels, private)
+    assert zones_of(closed)[:-1] == zones_of(labels)[:-1]
+    assert zones_of(closed)[-1] == zones_of(labels)[-1].join(private)
+    assert zone_at(closed, len(offsets) + 5) == zones_of(labels)[-1].join(private)
+    assert with_private_end(closed, private) == closed
+
+
+def test_a_prompt_of_one_token_can_be_closed() -> None:
+    assert with_private_end(unlabelled(1, PUBLIC), CASE) == (ZoneSpan(1, CASE),)
+    assert with_private_end(unlabelled(3, PUBLIC), CASE) == (ZoneSpan(2, PUBLIC), ZoneSpan(3, CASE))

@@ -1,0 +1,138 @@
+"""Policy and manifests in force in this process, looked at again when asked, with each change counted and audited."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from deployments.claims.model import canonical_sha256
+from deployments.config import TrustSection
+from deployments.metrics import IngressMetrics
+from deployments.trust.manifest import Reason, SignedManifest
+from deployments.trust.manifest_keys import TrustedKeys
+from deployments.trust.manifest_set import ManifestSet, Refusal
+from deployments.trust.policy import DEFAULT_POLICY, Policy, PolicyStore, Reload
+from deployments.trust.principals import KeyFileError
+from deployments.trust.trail import AuditTrail
+from engine.zone import Zone
+
+logger = logging.getLogger("ray.serve.zoneserve.trust")
+
+WITHDRAWN = "withdrawn"  # a manifest that was in force and is no longer there
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """What one call is decided by."""
+
+    policy: Policy
+    manifests: Mapping[Zone, SignedManifest]
+    manifest_digest: str
+
+    def is_shareable(self, zone: Zone, content_digest: str) -> bool:
+        """True if the zone's manifest lists the text with this SHA-256 (hex)."""
+        manifest = self.manifests.get(zone)
+        return manifest is not None and content_digest in manifest.content_digests
+
+    def listed(self, tenant: str, segment_id: str, content_digest: str) -> Zone | None:
+        """The zone that lists the text under this id for the tenant: public before a plan of its own, plans by name."""
+        zones = (
+            zone
+            for zone, signed in self.manifests.items()
+            if zone.tenant in ("", tenant)
+            and content_digest in signed.content_digests
+            and any(item.id == segment_id and item.sha256 == content_digest for item in signed.manifest.segments)
+        )
+        return min(zones, key=lambda zone: (zone.kind, zone.name), default=None)
+
+
+class TrustState:
+    """The policy file and the folder of manifests as last read. `reload` may run in another thread than `in_force`."""
+
+    def __init__(
+        self,
+        config: TrustSection,
+        trail: AuditTrail,
+        metrics: IngressMetrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """
+        Args:
+            clock: Unix time in seconds.
+
+        Raises:
+            PolicyError: There is no good policy to begin with. KeyFileError: No good file of trusted keys.
+        """
+        self._trail, self._metrics, self._clock = trail, metrics, clock
+        self._policies = PolicyStore(config.policy_file or DEFAULT_POLICY)
+        self._keys_file = config.manifest_keys_file
+        self._manifests: ManifestSet | None = None
+        if config.manifests_dir is not None and self._keys_file is not None:
+            self._manifests = ManifestSet(config.manifests_dir, TrustedKeys.from_file(self._keys_file), clock)
+        self._told: Mapping[Zone, SignedManifest] = {}
+        self._told_refusals: frozenset[Refusal] = frozenset()
+        self._tell_policy(Reload.LOADED)
+        self._reload_manifests()
+
+    def in_force(self) -> InForce:
+        """As it stands now: a manifest that has expired is not in it."""
+        if self._manifests is None:
+            return InForce(self._policies.policy, {}, canonical_sha256([]))
+        return InForce(self._policies.policy, self._manifests.in_force(), self._manifests.digest)
+
+    def reload(self) -> None:
+        """Look at the files again. What is broken is told once and leaves what was good in force; raises nothing."""
+        self._tell_policy(self._policies.reload())
+        self._reload_manifests()
+
+    def _tell_policy(self, outcome: Reload) -> None:
+        if outcome is Reload.UNCHANGED:
+            return
+        policy, refusal = self._policies.policy, self._policies.refusal
+        self._metrics.policy_reloads.labels(outcome).inc()
+        if outcome is Reload.LOADED or refusal is None:
+            self._trail.note("policy.load", policy_digest=policy.digest, num_rules=len(policy.rules))
+        else:
+            logger.error("the policy file is refused, the one before stays: %s", refusal)
+            self._trail.note("policy.refuse", reason=refusal.fault, policy_digest=policy.digest)
+
+    def _reload_manifests(self) -> None:
+        if self._manifests is None or self._keys_file is None:
+            return
+        refusals: list[Refusal] = []
+        trusted = None
+        try:
+            trusted = TrustedKeys.from_file(self._keys_file)
+        except KeyFileError as error:
+            logger.error("the trusted keys stay as they were: %s", error)
+            refusals.append(Refusal(self._keys_file.name, Reason.UNREADABLE))
+        refusals.extend(self._manifests.reload(trusted))
+        for refusal in sorted(set(refusals) - self._told_refusals, key=lambda refusal: refusal.file):
+            logger.error("manifest %s is refused: %s %s", refusal.file, refusal.reason, refusal.detail)
+            self._refused(refusal.reason)
+        self._told_refusals = frozenset(refusals)
+        self._tell_changes(self._manifests.in_force())
+
+    def _tell_changes(self, found: Mapping[Zone, SignedManifest]) -> None:
+        for zone, signed in found.items():
+            if zone not in self._told or self._told[zone].sha256 != signed.sha256:
+                self._trail.note("manifest.load", **_of(signed), num_segments=len(signed.manifest.segments))
+        for zone, signed in self._told.items():
+            if zone not in found:
+                self._refused(signed.state(self._clock()) or WITHDRAWN, signed)
+        self._told = found
+        self._metrics.manifests_in_force.set(len(found))
+
+    def _refused(self, reason: str, signed: SignedManifest | None = None) -> None:
+        self._metrics.manifest_refusals.labels(reason).inc()
+        self._trail.note("manifest.refuse", reason=reason, **(_of(signed) if signed is not None else {}))
+
+
+def _of(signed: SignedManifest) -> dict[str, str | int]:
+    return {
+        "zone": signed.zone.path,
+        "manifest_digest": signed.sha256,
+        "revision": signed.manifest.revision,
+    }
