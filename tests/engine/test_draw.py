@@ -359,7 +359,8 @@ def long_rows() -> dict[str, Row]:
         "a few heavy": np.where(rng.random(size) < 2e-4, 12.0, rng.normal(0, 2, size)),
         "sorted": np.sort(normal),
         "heavy tail": -np.abs(rng.standard_cauchy(size)),
-        "hidden between the looks": np.where(np.arange(size) // 64 % 7 == 3, 5.0, normal),
+        "looks at what is heavy": np.where(np.arange(size) % 320 < 16, 2.0, 0.0) + normal * 0.1,
+        "looks at what is light": np.where(np.arange(size) % 320 < 16, -2.0, 0.0) + normal * 0.1,
         "mostly impossible": np.where(rng.random(size) < 0.9, -np.inf, normal),
         "extremes": rng.choice([3e38, -3e38, 0.0], size),
     }

@@ -92,6 +92,7 @@ struct Set {
   const float* values;
   const float* weights;
   int32_t count;
+  const float* peaks;  // the greatest value of each block, or 0
 };
 
 struct Room {
@@ -100,7 +101,7 @@ struct Room {
 
   Set filled_up(int32_t count) const {
     for (int32_t i = count; i % kVector != 0; i++) values[i] = -INFINITY, weights[i] = 0;
-    return {values, weights, count};
+    return {values, weights, count, 0};
   }
 };
 
@@ -253,6 +254,13 @@ static float scan(const float** row, const uint32_t* mask, int32_t n, const Scra
   return greatest;
 }
 
+// Blocks with a column above -infinity.
+static int32_t num_possible(int32_t n, const Scratch& scratch) {
+  int32_t count = 0;
+  for (int32_t block = 0; block < num_blocks(n); block++) count += scratch.peaks[block] > -INFINITY;
+  return count;
+}
+
 static int32_t first_of(const float* row, float peak, const Scratch& scratch) {
   int32_t block = 0;
   while (scratch.peaks[block] != peak) block++;
@@ -330,13 +338,16 @@ struct Interval {
 static Set split(const Set& from, Interval kept, const Room& to, double* above) {
   Sum sum;
   int32_t count = 0;
-  for (int32_t i = 0; i < from.count; i += kVector) {
-    const Floats v = load(from.values + i), weights = load(from.weights + i);
-    sum.add(keep(v > kept.high, weights));
-    const uint32_t members = bits_between(v, kept.low, kept.high);
-    compress(v, members, to.values + count);
-    compress(weights, members, to.weights + count);
-    count += __builtin_popcount(members);
+  for (int32_t start = 0; start < from.count; start += kBlock) {
+    if (from.peaks != 0 && from.peaks[start / kBlock] < kept.low) continue;
+    for (int32_t i = start; i < std::min(from.count, start + kBlock); i += kVector) {
+      const Floats v = load(from.values + i), weights = load(from.weights + i);
+      sum.add(keep(v > kept.high, weights));
+      const uint32_t members = bits_between(v, kept.low, kept.high);
+      compress(v, members, to.values + count);
+      compress(weights, members, to.weights + count);
+      count += __builtin_popcount(members);
+    }
   }
   *above = sum.value();
   return to.filled_up(count);
@@ -391,7 +402,8 @@ struct Sample {
     return total;
   }
 
-  // The value with which the weight up to it exceeds `mass`; or two around it between which less than `tolerance` lies.
+  // The value with which the weight up to it exceeds `mass`, the greatest where none does; or two values around it
+  // between which lies less than `tolerance`.
   Interval where(double mass, double tolerance) const {
     int64_t low = (int64_t)key_of(least) - 1, high = key_of(greatest);
     double low_mass = 0, high_mass = INFINITY;
@@ -412,8 +424,10 @@ static Interval guess(const Set& set, double total, double tail, bool is_wide) {
   const double share = std::min(1.0, (double)sample.count / set.count);
   if (!is_wide || sample.count >= set.count) return sample.where(tail * share, 0);
   const double error = kSampleErrors * sqrt(tail * (total - tail) / sample.count);
-  const double tolerance = 0.25 * error * share;
-  return {sample.where((tail - error) * share, tolerance).low, sample.where((tail + error) * share, tolerance).high};
+  const double least = (tail - error) * share, most = (tail + error) * share, tolerance = 0.25 * error * share;
+  const float low = least < 0 ? -FLT_MAX : sample.where(least, tolerance).low;
+  const float high = sample.up_to(sample.greatest) <= most ? FLT_MAX : sample.where(most, tolerance).high;
+  return {low, high};
 }
 
 // The fewest of `equal` candidates of one value that bring `above` to `need`, which all of them do.
@@ -484,10 +498,13 @@ static int32_t draw(const Set& set, double target, Boundary last, const Scratch&
     } else {
       Sum above;
       Ints is_equal = {};
-      for (int32_t i = start; i < end; i += kVector) {
-        const Floats v = load(set.values + i);
-        above.add(keep(v > last.value, load(set.weights + i)));
-        is_equal -= v == last.value;
+      for (int32_t block = start / kBlock; block < num_blocks(end); block++) {
+        if (set.peaks != 0 && set.peaks[block] < last.value) continue;
+        for (int32_t i = block * kBlock; i < std::min(end, (block + 1) * kBlock); i += kVector) {
+          const Floats v = load(set.values + i);
+          above.add(keep(v > last.value, load(set.weights + i)));
+          is_equal -= v == last.value;
+        }
       }
       for (int i = 0; i < kVector; i++) equal += is_equal[i];
       equal = std::min(equal, last.equal);
@@ -529,12 +546,13 @@ extern "C" int32_t zs_choose(const float* row, const uint32_t* mask, int32_t n, 
 
   float least = least_above((double)peak + min_offset);
   if (top_k > 0 && top_k < n) least = std::max(least, kth_greatest(row, n, top_k, scratch).value);
-  Set candidates = {row, scratch.weights, n};
-  const bool is_whole = mask == 0 && least == -FLT_MAX;
+  Set candidates = {row, scratch.weights, n, scratch.peaks};
+  // Most of the row is weighed as it lies; -infinity weighs nothing.
+  const bool is_whole = least == -FLT_MAX && (mask == 0 || num_possible(n, scratch) > num_blocks(n) / 2);
   if (!is_whole) {
     const int32_t count = collect(row, n, least, scratch, scratch.row, scratch.ids);  // it may read what it overwrites
     std::fill(scratch.row + count, scratch.row + padded(count), -INFINITY);
-    candidates = {scratch.row, scratch.weights, count};
+    candidates = {scratch.row, scratch.weights, count, 0};
   }
   const float cold = (float)(kLog2E / temperature);
   const double total = weigh_all(candidates.values, candidates.count, peak, cold, scratch);
