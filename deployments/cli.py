@@ -51,7 +51,7 @@ def main() -> None:
     """Entry point: deliberate errors become one line and exit status 1 or 2."""
     from deployments.local import LocalDeploymentError
     from deployments.review_client import ReviewClientError
-    from deployments.trust.principals import KeyFileError
+    from deployments.trust.key_files import KeyFileError
 
     try:
         app()

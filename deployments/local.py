@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import yaml
 
 from deployments.config import ConfigError, ZoneserveConfig
 from deployments.settings import prepare_ray_environment
@@ -124,8 +123,7 @@ def _prepare_trust(config: ZoneserveConfig) -> None:
 
 
 def _publish_shipped(config: ZoneserveConfig, folder: Path, trusted_file: Path) -> None:
-    listed = yaml.safe_load(config.trust.keys_file.read_text(encoding="utf-8"))["keys"]  # checked a moment ago
-    tenants = sorted({entry["tenant"] for entry in listed})
+    tenants = Principals.from_file(config.trust.keys_file).tenants
     key_file = trusted_file.with_name(SIGNING_KEY_NAME)
     key = read_signing_key(key_file) if key_file.exists() else create_signing_key(key_file)
     trust_key(trusted_file, key.public_key(), [PUBLIC.path, *(f"tenant/{tenant}/plan/*" for tenant in tenants)])

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from deployments.claims.model import canonical_sha256
 from deployments.config import TrustSection
 from deployments.metrics import IngressMetrics
+from deployments.trust.key_files import KeyFileError
 from deployments.trust.manifest import Reason, SignedManifest
 from deployments.trust.manifest_keys import TrustedKeys
-from deployments.trust.manifest_set import ManifestSet, Refusal
+from deployments.trust.manifest_set import ManifestSet, Refusal, digest_of, is_listed, zone_that_lists
 from deployments.trust.policy import DEFAULT_POLICY, Policy, PolicyStore, Reload
-from deployments.trust.principals import KeyFileError
 from deployments.trust.trail import AuditTrail
 from engine.zone import Zone
 
@@ -29,23 +28,17 @@ class InForce:
 
     policy: Policy
     manifests: Mapping[Zone, SignedManifest]
-    manifest_digest: str
+
+    @property
+    def manifest_digest(self) -> str:
+        return digest_of(self.manifests)
 
     def is_shareable(self, zone: Zone, content_digest: str) -> bool:
-        """True if the zone's manifest lists the text with this SHA-256 (hex)."""
-        manifest = self.manifests.get(zone)
-        return manifest is not None and content_digest in manifest.content_digests
+        return is_listed(self.manifests, zone, content_digest)
 
     def listed(self, tenant: str, segment_id: str, content_digest: str) -> Zone | None:
-        """The zone that lists the text under this id for the tenant: public before a plan of its own, plans by name."""
-        zones = (
-            zone
-            for zone, signed in self.manifests.items()
-            if zone.tenant in ("", tenant)
-            and content_digest in signed.content_digests
-            and any(item.id == segment_id and item.sha256 == content_digest for item in signed.manifest.segments)
-        )
-        return min(zones, key=lambda zone: (zone.kind, zone.name), default=None)
+        """The zone that lists the text under this id for the tenant."""
+        return zone_that_lists(self.manifests, content_digest, tenant, segment_id)
 
 
 class TrustState:
@@ -78,9 +71,7 @@ class TrustState:
 
     def in_force(self) -> InForce:
         """As it stands now: a manifest that has expired is not in it."""
-        if self._manifests is None:
-            return InForce(self._policies.policy, {}, canonical_sha256([]))
-        return InForce(self._policies.policy, self._manifests.in_force(), self._manifests.digest)
+        return InForce(self._policies.policy, {} if self._manifests is None else self._manifests.in_force())
 
     def reload(self) -> None:
         """Look at the files again. What is broken is told once and leaves what was good in force; raises nothing."""

@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from deployments.claims.model import StrictModel, canonical_json
-from deployments.trust.manifest_keys import TrustedKeys, create_file, first_fault, is_shareable_kind, key_id_of
+from deployments.trust.key_files import create_file
+from deployments.trust.manifest_keys import TrustedKeys, first_fault, is_shareable_kind, key_id_of
 from engine.zone import Zone
 
 MAX_MANIFEST_BYTES = 1 << 20

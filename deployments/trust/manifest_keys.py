@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import Field, ValidationError, field_validator
 
 from deployments.claims.model import StrictModel
-from deployments.trust.principals import KeyFileError
+from deployments.trust.key_files import KeyFileError, create_file, read_key_file, replace_file
 from engine.zone import Zone, ZoneKind
 
 MAX_KEYS = 1000
@@ -101,18 +100,10 @@ class TrustedKeys:
 
 
 def _read_key_entries(path: Path) -> list[_KeyEntry]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_KEY_FILE_BYTES + 1)
-        if len(data) > MAX_KEY_FILE_BYTES:
-            raise KeyFileError(f"{path}: larger than {MAX_KEY_FILE_BYTES} bytes")
-        return _KeyFile.model_validate(yaml.safe_load(data.decode())).keys
-    except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror or error}") from error
-    except ValidationError as error:
-        raise KeyFileError(f"{path}: {first_fault(error, _KEY_FIELDS)}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise KeyFileError(f"{path}: not YAML") from error
+    document = read_key_file(
+        path, _KeyFile, max_bytes=MAX_KEY_FILE_BYTES, describe=lambda error: first_fault(error, _KEY_FIELDS)
+    )
+    return document.keys
 
 
 def trust(path: Path, key: Ed25519PublicKey, zones: Sequence[str]) -> None:
@@ -173,37 +164,3 @@ def first_fault(error: ValidationError, fields: frozenset[str]) -> str:
     fault = error.errors(include_input=False, include_context=False, include_url=False)[0]
     known = ".".join(str(part) for part in fault["loc"] if isinstance(part, int) or part in fields)
     return f"{known or 'top level'}: unknown field" if fault["type"] == "extra_forbidden" else known or "top level"
-
-
-def create_file(path: Path, data: bytes, *, mode: int) -> None:
-    """Write a new file: whole, on disk and under its name, or not at all.
-
-    Raises:
-        FileExistsError: The name is taken. OSError: It cannot be written.
-    """
-    staged = _stage(path, data, mode)
-    try:
-        os.link(staged, path)  # unlike a rename it fails where the name is taken
-    finally:
-        staged.unlink()
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """As `create_file`, over what has the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = _stage(path, data, 0o644)
-    staged.replace(path)
-
-
-def _stage(path: Path, data: bytes, mode: int) -> Path:
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        staged.unlink()
-        raise
-    return staged

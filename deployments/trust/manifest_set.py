@@ -114,30 +114,17 @@ class ManifestSet:
         }
 
     def is_shareable(self, zone: Zone, content_digest: str) -> bool:
-        """True if the manifest in force for the zone lists the text with this SHA-256 (hex)."""
-        manifest = self.in_force().get(zone)
-        return manifest is not None and content_digest in manifest.content_digests
+        """As `is_listed`, now."""
+        return is_listed(self.in_force(), zone, content_digest)
 
     def zone_of(self, content_digest: str, tenant: str) -> Zone | None:
-        """The zone a tenant's principal shares this text in: public before a plan of the tenant, plans by name.
-
-        None: no manifest in force lists the text for this tenant.
-        """
-        listing = {
-            zone
-            for zone, manifest in self.in_force().items()
-            if content_digest in manifest.content_digests and (zone == PUBLIC or zone.tenant == tenant)
-        }
-        return min(listing, key=lambda zone: (zone.kind, zone.name), default=None)
+        """As `zone_that_lists`, now."""
+        return zone_that_lists(self.in_force(), content_digest, tenant)
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of which manifests are in force now: equal digests, equal sharing."""
-        return canonical_sha256(
-            sorted(
-                [zone.path, manifest.manifest.revision, manifest.sha256] for zone, manifest in self.in_force().items()
-            )
-        )
+        """As `digest_of`, now."""
+        return digest_of(self.in_force())
 
     def _still_trusted(self, now: float) -> _State:
         state = self._state
@@ -147,6 +134,43 @@ class ManifestSet:
             # A stolen key's revision must not bar its successor's once the key is withdrawn.
             {zone: floor for zone, floor in floors.items() if self._trusted.may_sign_for(floor.key_id, zone)},
         )
+
+
+def is_listed(in_force: Mapping[Zone, SignedManifest], zone: Zone, content_digest: str) -> bool:
+    """True if the manifest in force for the zone lists the text with this SHA-256 (hex)."""
+    signed = in_force.get(zone)
+    return signed is not None and content_digest in signed.content_digests
+
+
+def zone_that_lists(
+    in_force: Mapping[Zone, SignedManifest], content_digest: str, tenant: str, segment_id: str | None = None
+) -> Zone | None:
+    """The zone a tenant's principal shares this text in: public before a plan of the tenant, plans by name.
+
+    Args:
+        segment_id: The id that the text must stand under; None: any.
+
+    Returns:
+        None where no manifest in force lists the text for this tenant.
+    """
+    listing = {
+        zone
+        for zone, signed in in_force.items()
+        if (zone == PUBLIC or zone.tenant == tenant)
+        and content_digest in signed.content_digests
+        and (
+            segment_id is None
+            or any(item.id == segment_id and item.sha256 == content_digest for item in signed.manifest.segments)
+        )
+    }
+    return min(listing, key=lambda zone: (zone.kind, zone.name), default=None)
+
+
+def digest_of(in_force: Mapping[Zone, SignedManifest]) -> str:
+    """SHA-256 (hex) of which manifests are in force: equal digests, equal sharing."""
+    return canonical_sha256(
+        sorted([zone.path, signed.manifest.revision, signed.sha256] for zone, signed in in_force.items())
+    )
 
 
 def _effective(manifests: Iterable[SignedManifest], now: float) -> dict[Zone, SignedManifest]:

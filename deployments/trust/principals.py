@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from deployments.trust.key_files import KeyFileError, read_key_file, replace_file
 from engine.zone import EPHEMERAL, Zone, ZoneKind, is_zone_name
 
 MAX_KEYS = 10_000
@@ -22,10 +22,6 @@ MAX_CASES = 256  # that one principal owns
 MAX_BEARER_CHARS = 512
 KEY_PREFIX = "zs-"
 LOCAL_PRINCIPAL = "local-reviewer"
-
-
-class KeyFileError(Exception):
-    """A key file that cannot be used; the message names the file and the fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +110,11 @@ class Principals:
             by_digest[digest] = Principal(entry.principal, entry.tenant, zone, frozenset(entry.roles), cases)
         return Principals(by_digest)
 
+    @property
+    def tenants(self) -> list[str]:
+        """Of all keys, each once, by name."""
+        return sorted({principal.tenant for principal in self._by_digest.values()})
+
     def authenticate(self, authorization: str | None) -> Principal | None:
         """Principal of an `Authorization` header; None where there is none or it is wrong."""
         key = bearer_credential(authorization)
@@ -143,20 +144,13 @@ def bearer_credential(authorization: str | None) -> str | None:
 
 
 def _read_entries(path: Path) -> list[_KeyEntry]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_KEY_FILE_BYTES + 1)
-        if len(data) > MAX_KEY_FILE_BYTES:
-            raise KeyFileError(f"{path}: larger than {MAX_KEY_FILE_BYTES} bytes")
-        return _KeyFile.model_validate(yaml.safe_load(data.decode())).keys
-    except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror or error}") from error
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "top level"
-        raise KeyFileError(f"{path}: {where}: {fault['msg']}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise KeyFileError(f"{path}: not YAML") from error
+    return read_key_file(path, _KeyFile, max_bytes=MAX_KEY_FILE_BYTES, describe=_first_fault).keys
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    where = ".".join(map(str, fault["loc"])) or "top level"
+    return f"{where}: {fault['msg']}"
 
 
 def read_master_key(path: Path) -> bytes:
@@ -198,10 +192,4 @@ def create_missing_keys(keys_file: Path, master_key_file: Path, client_key_file:
 
 
 def _write_secret(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".new")
-    staged.unlink(missing_ok=True)  # one left over may be readable by others
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-    staged.replace(path)
+    replace_file(path, f"{text}\n".encode(), mode=0o600)

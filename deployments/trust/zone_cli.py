@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from deployments.trust.key_files import KeyFileError
 from deployments.trust.manifest import Manifest, ManifestError, next_revision, publish, rfc3339, unix_time
 from deployments.trust.manifest_keys import (
     TrustedKeys,
@@ -28,7 +29,6 @@ from deployments.trust.manifest_keys import (
 from deployments.trust.manifest_set import ManifestSet
 from deployments.trust.phi import DETECTORS, Detector, positions
 from deployments.trust.phi.presidio import DetectorError, load_presidio
-from deployments.trust.principals import KeyFileError
 from deployments.trust.shareable import (
     MAX_SEGMENT_BYTES,
     Publication,

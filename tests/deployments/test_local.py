@@ -14,9 +14,9 @@ from deployments.claims.plan import load_plan
 from deployments.claims.prompt import shared_segments
 from deployments.config import ConfigError, ZoneserveConfig
 from deployments.local import SIGNING_KEY_NAME, _prepare_trust
+from deployments.trust.key_files import KeyFileError
 from deployments.trust.manifest_keys import TrustedKeys
 from deployments.trust.manifest_set import ManifestSet
-from deployments.trust.principals import KeyFileError
 from engine.zone import Zone
 from tests.deployments.support import local_config, write_yaml
 

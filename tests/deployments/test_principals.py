@@ -11,13 +11,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deployments.trust.key_files import KeyFileError
 from deployments.trust.principals import (
     KEY_PREFIX,
     MAX_BEARER_CHARS,
     MAX_CASES,
     MAX_KEY_FILE_BYTES,
     MAX_ROLES,
-    KeyFileError,
     Principal,
     Principals,
     create_missing_keys,

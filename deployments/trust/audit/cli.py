@@ -20,7 +20,8 @@ from rich.text import Text
 from deployments.trust.audit.chain import Head, Record, chain_key
 from deployments.trust.audit.files import AuditDirectory, AuditError
 from deployments.trust.audit.verify import Verification, merged, verify
-from deployments.trust.principals import KeyFileError, read_master_key
+from deployments.trust.key_files import KeyFileError
+from deployments.trust.principals import read_master_key
 
 audit_app = typer.Typer(no_args_is_help=True, help="The audit log: verify, show, export.")
 out = Console()

@@ -26,13 +26,6 @@ struct KeyTile {
 // anew in each of them. So a tile's values are asked for while its keys are scored, and the next tile's keys while its
 // values are weighed.
 
-// The running result of query rows: maximum and sum by row, weighted values (rows, D).
-struct Running {
-  float* peak;
-  float* sum;
-  float* values;
-};
-
 template <int ROWS, int GROUPS>
 ZS_INLINE void score_groups(const uint16_t* q, int head_dim, const KeyTile& tile, int first, float (*scores)[kTileKeys]) {
   F32 sums[ROWS][GROUPS];

@@ -113,7 +113,7 @@ class Engine {
     step_ = &step;
     plan_attention();
     dirty_rows_ = std::max(dirty_rows_, step.num_rows);
-    has_partials_ |= is_split_;
+    has_partials_ |= !merges_.empty();
     for (size_t i = 0; i < (size_t)(model_.num_layers + 1) * num_blocks() * kNumParts; i++) parts_[i].reset();
 #pragma omp parallel num_threads(num_threads_)
     run(omp_get_thread_num(), omp_get_num_threads());
@@ -331,9 +331,9 @@ class Engine {
         first += count;
       }
     });
-    // The heads of a single row, else the rows.
+    // A repeating step shares the heads of its rows, others the rows.
     const Range heads{0, model_.num_kv_heads};
-    if (team.is_repeating && rows.size() == 1) {
+    if (team.is_repeating) {
       share_out(team, index, rows.index, kHeads, heads, [&](Range own) { store_heads(index, rows, rows, own, qkv, at); });
     } else {
       share_out(team, index, rows.index, kHeads, rows, [&](Range own) { store_heads(index, rows, own, heads, qkv, at); });
@@ -441,7 +441,6 @@ class Engine {
     std::sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) {
       return a.cost != b.cost ? a.cost > b.cost : a.head != b.head ? a.head < b.head : a.first_row != b.first_row ? a.first_row < b.first_row : a.tile < b.tile;
     });
-    is_split_ = partial > 0;
     merges_.clear();
     for (size_t i = 0; i < tasks_.size(); i++)
       if (tasks_[i].tile == 0) merges_.push_back((int)i);
@@ -450,12 +449,13 @@ class Engine {
   void attention(const Team& team, int layer) {
     Workspace& work = workspaces_[team.index];
     together(team, layer, 0, kAttend, (int)tasks_.size(), [&](int i) { attend(tasks_[i], layer, work); });
-    if (merges_.empty()) return;
-    const auto merge = [&](Range own) {
-      for (int i = own.first; i < own.last; i++) merge_partials(team, tasks_[merges_[i]], work);
-    };
-    if (team.is_repeating) return merge({0, (int)merges_.size()});
-    together(team, layer, 0, kMerge, (int)merges_.size(), [&](int i) { merge({i, i + 1}); });
+    const auto merge_row = [&](int i) { merge_partials(team, tasks_[merges_[i]], work); };
+    const int count = (int)merges_.size();
+    if (team.is_repeating) {
+      for (int i = 0; i < count; i++) merge_row(i);
+    } else {
+      together(team, layer, 0, kMerge, count, merge_row);
+    }
   }
 
   void attend(const Task& task, int layer, Workspace& work) {
@@ -634,7 +634,7 @@ class Engine {
   bool has_pairs_;
   float exponent_scale_;
   const ZsStep* step_ = nullptr;
-  bool is_split_ = false, is_repeating_ = false;
+  bool is_repeating_ = false;
   std::vector<Task> tasks_;
   std::vector<int> merges_;  // the first task of each row and head whose context is split
   std::vector<Part> parts_;

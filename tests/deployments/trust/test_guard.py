@@ -26,10 +26,11 @@ from deployments.trust.audit.files import AuditDirectory, AuditError
 from deployments.trust.audit.verify import merged, verify
 from deployments.trust.guard import TrustGuard
 from deployments.trust.in_force import TrustState
+from deployments.trust.key_files import KeyFileError
 from deployments.trust.manifest import Manifest, SharedSegment, publish, rfc3339
 from deployments.trust.manifest_keys import create_signing_key, trust
 from deployments.trust.policy import DEFAULT_POLICY, PolicyError
-from deployments.trust.principals import KeyFileError, Principal
+from deployments.trust.principals import Principal
 from deployments.trust.trail import MAX_AUTH_DENIALS_PER_S, AuditTrail
 from engine.zone import EPHEMERAL, PUBLIC, Zone
 from load_tests.exposition import Exposition

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pydantic import ValidationError
 
 from deployments.claims.model import canonical_json
+from deployments.trust.key_files import KeyFileError
 from deployments.trust.manifest import (
     MAX_MANIFEST_BYTES,
     MAX_REVISION,
@@ -47,7 +48,6 @@ from deployments.trust.manifest_keys import (
     trust,
 )
 from deployments.trust.manifest_set import Floor, ManifestSet, Refusal
-from deployments.trust.principals import KeyFileError
 from engine.zone import PUBLIC, Zone
 from tests.deployments.support import Clock
 
