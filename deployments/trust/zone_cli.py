@@ -141,7 +141,9 @@ def manifests(
         loaded = ManifestSet(folder, TrustedKeys.from_file(trusted), lambda: now)
         refusals = loaded.reload()
         in_force = loaded.in_force()
-        table = Table("zone", "revision", "segments", "approver", "effective", "expires", "state", title=str(folder))
+        table = Table(title=str(folder))
+        for name in ("zone", "revision", "segments", "approver", "effective", "expires", "state"):
+            table.add_column(name, overflow="fold")  # whole in a narrow terminal too
         for signed in sorted(loaded.files.values(), key=lambda signed: (signed.zone.path, signed.manifest.revision)):
             manifest = signed.manifest
             state = signed.state(now) or ("in_force" if in_force.get(signed.zone) is signed else "superseded")

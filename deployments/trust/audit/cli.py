@@ -111,7 +111,9 @@ def _opened(
 
 
 def _table(records: deque[Record]) -> Table:
-    table = Table("time (UTC)", "log", "seq", "event", "fields")
+    table = Table()
+    for name in ("time (UTC)", "log", "seq", "event", "fields"):
+        table.add_column(name, overflow="fold")
     for record in records:
         # Pieces of Text: what a forged record says is shown and never obeyed.
         fields = " ".join(f"{name}={value}" for name, value in record.fields.items())
