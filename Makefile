@@ -13,10 +13,10 @@ PORT ?= 8000
 CONFIG ?= local
 BENCH_ARGS ?=
 
-.PHONY: help setup model review test lint serve bench bench-modes bench-peers load clean
+.PHONY: help setup model review test lint serve bench bench-modes bench-peers bench-isolation audit-isolation mutants load clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: install it, or name it with make PYTHON=..." >&2; exit 1; }
@@ -62,6 +62,15 @@ bench-peers: model $(PEER_ENVIRONMENTS) ## Measure ours against llama.cpp, vLLM 
 
 bench-modes: model ## Measure prefill and decode apart against one pool; writes out/bench-modes.json
 	@$(BIN)/python -m load_tests.bench_modes $(BENCH_ARGS)
+
+audit-isolation: model out/peers/chart/.ready ## Time, attack and flood a local deployment across tenants; writes out/isolation.json
+	@$(BIN)/python -m load_tests.isolation $(BENCH_ARGS)
+
+bench-isolation: model ## Measure what zones and the audit log cost; writes out/bench-isolation.json
+	@$(BIN)/python -m load_tests.bench_isolation $(BENCH_ARGS)
+
+mutants: model ## Remove the zone at one hop after the other; the suite must fail for each
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m tests.isolation.mutants
 
 load: model ## Load a local deployment for 60 s; writes out/load
 	@$(BIN)/python -m load_tests.run_load

@@ -21,6 +21,7 @@ from engine.checkpoint import load_checkpoint
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 15.0
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 20.0
+GRACEFUL_SHUTDOWN_POLL_S = 0.2  # Serve's own 2 s is how long an idle replica takes to end
 REPLICA_ENVIRONMENT = SERVE_TRANSPORT | {
     "OMP_WAIT_POLICY": "passive",
     "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -64,6 +65,7 @@ def build_application(config: ZoneserveConfig) -> Application:
             num_cpus=config.ingress.num_cpus, labels=config.ingress.labels, env_vars=_environment(1)
         ),
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=GRACEFUL_SHUTDOWN_POLL_S,
     )
     application: Application = ingress.bind(decode, prefill, config, str(model_path))
     return application
@@ -84,6 +86,7 @@ def _pool(role: Role, replica: type, config: ZoneserveConfig, pool: PoolSection)
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=GRACEFUL_SHUTDOWN_POLL_S,
         request_router_config=RequestRouterConfig(
             request_router_class="deployments.routing.serve_router:ZoneAffinityRouter",
             request_router_kwargs={"max_imbalance": config.routing.affinity_max_imbalance},

@@ -22,7 +22,15 @@ from ray.serve.exceptions import (
 
 from deployments.calls import dispatch, is_cut, is_dead, over_grpc
 from deployments.config import RoutingSection
-from deployments.errors import BadRequest, DeadlineExceeded, InternalFault, NoCapacity, ReplicaLost, ServeError
+from deployments.errors import (
+    AuditUnavailable,
+    BadRequest,
+    DeadlineExceeded,
+    InternalFault,
+    NoCapacity,
+    ReplicaLost,
+    ServeError,
+)
 from deployments.messages import GenerateCall, RouteHint, TokenEvent
 from deployments.metrics import IngressMetrics
 
@@ -156,9 +164,8 @@ async def _next_before(response: Any, remaining_s: float) -> TokenEvent | None:
 
 def _error_of(error: str) -> ServeError:
     code, _, message = error.partition(": ")
-    kinds: dict[str, type[ServeError]] = {
-        kind.code: kind for kind in (BadRequest, NoCapacity, ReplicaLost, DeadlineExceeded, InternalFault)
-    }
+    known = (AuditUnavailable, BadRequest, NoCapacity, ReplicaLost, DeadlineExceeded, InternalFault)
+    kinds: dict[str, type[ServeError]] = {kind.code: kind for kind in known}
     if code not in kinds:
         return InternalFault("generation failed")
     return kinds[code](message, retry_after_s=1.0 if code == NoCapacity.code else None)

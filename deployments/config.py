@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deployments.trust.audit.log import AuditOptions
+from engine.zone import Zone, ZoneKind, is_zone_name
 
 MAX_CONFIG_BYTES = 1 << 20
 BUNDLED = Path(__file__).parent / "configs"
@@ -147,17 +148,64 @@ class AuditSection(_Section):
         return AuditOptions(**self.model_dump(exclude={"dir"}))
 
 
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class QuotaEntry(_Section):
+    """Shares of each pool's blocks: what others may not evict, and what may stay cached while nobody uses it."""
+
+    floor: Share = 0.0
+    cap: Share = 1.0
+
+    @model_validator(mode="after")
+    def _floor_is_below_cap(self) -> Self:
+        if self.floor > self.cap:
+            raise ValueError("the floor is above the cap")
+        return self
+
+
+class QuotaSection(_Section):
+    """How much of each pool tenants and zones may keep cached. Public text is evicted by nobody, and so has a cap."""
+
+    public_cap: Share = 0.25
+    default: QuotaEntry = QuotaEntry()
+    tenants: dict[str, QuotaEntry] = Field(default_factory=dict)
+    zones: dict[str, QuotaEntry] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _names_can_be(self) -> Self:
+        for tenant in self.tenants:
+            if not is_zone_name(tenant):
+                raise ValueError("tenants: a key is no tenant's name")
+        for path in self.zones:
+            if Zone.parse(path).kind not in (ZoneKind.PLAN, ZoneKind.CASE):
+                raise ValueError("zones: only a plan or a case has a quota of its own")
+        floors = sum(entry.floor for entry in (*self.tenants.values(), *self.zones.values()))
+        if self.default.floor:
+            raise ValueError("default: a floor is one tenant's own; name the tenant")
+        if floors + self.public_cap > 1.0:
+            raise ValueError("floors and public_cap are more than the whole pool")
+        return self
+
+
 class TrustSection(_Section):
     """Who may enter, who may share what, and where it is recorded.
 
-    `create_missing` is for one machine only: a local start makes the keys, and shares the shipped texts. Without `jwt`
-    static keys alone open the door; without `policy_file` the shipped policy holds; without manifests no text is
-    shared; without `audit` nothing is recorded.
+    `create_missing` is for one machine only: a local start makes the keys, and shares the shipped texts. Without
+    `master_key_file` the master key is the environment's secret. Without `jwt` static keys alone open the door; without
+    `policy_file` the shipped policy holds; without manifests no text is shared; without `audit` nothing is recorded;
+    without `state_dir` purges are forgotten with the last ingress replica.
     """
 
     keys_file: Path = Field(strict=False)  # YAML has no paths, only strings
-    master_key_file: Path = Field(strict=False)
+    master_key_file: Path | None = Field(default=None, strict=False)
+    state_dir: Path | None = Field(default=None, strict=False, description="epochs and manifest floors, kept")
     create_missing: bool = False
+    prewarm: bool = Field(default=True, description="shared texts are computed and pinned before traffic asks")
+    prewarm_share: Share = Field(default=0.25, description="of a pool's blocks that pinned texts may hold")
+    report_cached_tokens: bool = Field(default=False, description="of the caller's own zones, in usage")
+    metrics_role: str | None = Field(default=None, description="who may read /metrics; absent: everybody")
+    quotas: QuotaSection = QuotaSection()
     jwt: JwtSection | None = None
     policy_file: Path | None = Field(default=None, strict=False)
     policy_reload_s: float = Field(default=5.0, ge=0.1, description="between two looks at policy and manifests")
@@ -169,6 +217,10 @@ class TrustSection(_Section):
     def _manifests_have_keys(self) -> Self:
         if (self.manifests_dir is None) != (self.manifest_keys_file is None):
             raise ValueError("manifests_dir and manifest_keys_file go together")
+        if self.metrics_role is not None and not is_zone_name(self.metrics_role):
+            raise ValueError("metrics_role is no role's name")
+        if self.create_missing and self.master_key_file is None:
+            raise ValueError("create_missing needs a master_key_file to make")
         return self
 
     def absolute(self) -> TrustSection:

@@ -12,10 +12,12 @@ import ray
 
 from deployments.config import ZoneserveConfig
 from deployments.engine_host import EngineStopped
-from deployments.errors import BadRequest, InternalFault, NoCapacity, ReplicaLost
+from deployments.errors import AuditUnavailable, BadRequest, InternalFault, NoCapacity, ReplicaLost
 from deployments.handoff import DecodeHandoff
 from deployments.messages import GenerateCall, Provenance, TokenEvent, TokenLogprob
 from deployments.replica import EngineReplica, ReplicaParts, build_parts
+from deployments.trust.transfer_records import grant_denial
+from deployments.trust.zone_grant import KEY_SETTLE_PERIODS, GrantRefused, GrantVerifier
 from engine.engine import RequestOutput, Reservation
 from engine.errors import EngineError, QueueFullError, RequestError
 from engine.request import FinishReason, Request
@@ -39,10 +41,12 @@ class DecodeReplica(EngineReplica):
         parts = parts or build_parts(self.role, config, config.decode, model_path)
         super().__init__(config, parts)
         self._prefill = prefill
+        self.grants = GrantVerifier(parts.grant_keys, parts.unix_time_s)
+        settle_s = KEY_SETTLE_PERIODS * config.trust.policy_reload_s
+        self._sealer = TicketSealer(parts.transfer_keys, parts.unix_time_s, settle_s)
         self._receiver = HandoffReceiver(
             self.connector,
-            TicketSealer(parts.transfer_key, parts.unix_time_s),
-            parts.transfer_key,
+            self._sealer,
             weights_digest=self.runner.weights_digest,
             generations_of=parts.engine.generations,  # plain integers, read between two bytecodes
             clock=parts.unix_time_s,
@@ -54,21 +58,22 @@ class DecodeReplica(EngineReplica):
         """What Ray knows this replica by."""
         return {"role": self.role, "actor": ray.get_runtime_context().get_actor_name() or ""}
 
+    def rotate(self, transfer_keys: tuple[bytes, ...], grant_keys: tuple[bytes, ...]) -> None:
+        """Take new rings, newest key first. Work under way keeps the keys that it began with. Raises ValueError."""
+        self._sealer.set_keys(transfer_keys)
+        self.grants.set_keys(grant_keys)
+
     async def generate(self, call: GenerateCall) -> AsyncIterator[TokenEvent]:
         """Tokens of one sequence as they come. Cancelling it frees everything on both sides."""
+        if (refusal := self._refuse(call)) is not None:
+            yield refusal
+            return
         request_id = f"{call.request_id}/{next(self._calls)}"  # a call that is tried again may meet its earlier self
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=call.prompt_token_ids,
-            sampling=call.sampling,
-            zone_spans=call.zone_spans,
-            epoch=call.epoch,
-            priority=call.priority,
-        )
+        request = call.request(request_id)
         stream = self.host.open(request)
         handoff: DecodeHandoff | None = None
         try:
-            handoff = await self._start(request, call.affinity)
+            handoff = await self._start(request, call)
             async for output in stream:
                 if output.finish_reason is not None:
                     self._count_twice_computed(output, handoff)
@@ -82,7 +87,21 @@ class DecodeReplica(EngineReplica):
             else:  # a reservation that was made while we were leaving: nobody has heard of its blocks
                 self.host.post(lambda engine: engine.release_quarantine(request_id))
 
-    async def _start(self, request: Request, affinity: bytes) -> DecodeHandoff | None:
+    def _refuse(self, call: GenerateCall) -> TokenEvent | None:
+        """Why nothing may be computed for a call; counted and audited. None: it may."""
+        try:
+            self.grants.verify(call)
+            self.trail.require_writable()
+        except GrantRefused as refusal:
+            logger.error("%s", refusal)
+            self.metrics.grant_refusals.labels(refusal.reason).inc()
+            self.trail.note("zone.deny", **grant_denial(refusal.reason, call.request_id))
+            return TokenEvent(error=f"{InternalFault.code}: the call has no valid grant")
+        except AuditUnavailable as error:
+            return TokenEvent(error=f"{error.code}: {error.message}")
+        return None
+
+    async def _start(self, request: Request, call: GenerateCall) -> DecodeHandoff | None:
         """Queue the request here, or reserve its blocks and hand its prompt to prefill."""
         if self._prefill is None:
             await self.host.add(request)
@@ -94,11 +113,12 @@ class DecodeReplica(EngineReplica):
         return DecodeHandoff(
             request=request,
             reservation=await self._reserve(request),
-            affinity=affinity,
+            call=call,
             prefill=self._prefill,
             receiver=self._receiver,
             host=self.host,
             metrics=self.metrics,
+            trail=self.trail,
             config=self.config,
         )
 

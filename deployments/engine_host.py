@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol, TypeVar
 
+from engine.cache_events import CacheEvent
 from engine.engine import Engine, RequestOutput
 from engine.errors import IntegrityError
 from engine.request import Request, RequestStatus
@@ -37,6 +38,7 @@ class HostObserver(Protocol):
 
     def step_took(self, seconds: float) -> None: ...
     def request_queued_for(self, request_id: str, seconds: float) -> None: ...
+    def cache_changed(self, events: list[CacheEvent]) -> None: ...
 
 
 class OutputStream:
@@ -192,6 +194,9 @@ class EngineHost:
         self._num_turns += 1
         if self._num_turns % STEPS_BETWEEN_EXPIRY == 0 or not self._engine.has_work:
             self._engine.expire()
+        events = self._engine.take_cache_events()
+        if events:
+            self._observer.cache_changed(events)
 
     def _run_commands(self, *, wait: bool) -> None:
         for _ in range(MAX_COMMANDS_BETWEEN_STEPS):

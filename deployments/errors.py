@@ -12,6 +12,8 @@ ServeError
 ├── OverCapacity 429        this caller, or the ingress, has too much in flight
 ├── NoCapacity 503          no replica could take it within the named wait
 ├── AuditUnavailable 503    the audit log cannot be written, and private work is refused until it can
+├── SignersUnavailable 503  the keys that a token is checked against cannot be had now
+├── PurgeUnavailable 503    a purge cannot be kept, and nothing was purged
 ├── ReplicaLost 503         a replica died and the request could not go on
 ├── DeadlineExceeded 504
 └── InternalFault 500
@@ -91,6 +93,14 @@ class NoCapacity(ServeError):
 
 class AuditUnavailable(ServeError):
     status, code = 503, "audit_unavailable"
+
+
+class SignersUnavailable(ServeError):
+    status, code = 503, "signers_unavailable"
+
+
+class PurgeUnavailable(ServeError):
+    status, code = 503, "purge_unavailable"
 
 
 class ReplicaLost(ServeError):

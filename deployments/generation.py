@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import struct
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deployments.client import DecodeClient
 from deployments.config import ZoneserveConfig
@@ -16,8 +17,10 @@ from deployments.errors import BadRequest, InternalFault, OverCapacity
 from deployments.messages import GenerateCall, Provenance, TokenEvent
 from deployments.metrics import IngressMetrics
 from deployments.routing.admission import Admission
+from deployments.trust.epochs import EpochStore, stamped
+from deployments.trust.zone_grant import GrantSealer
 from engine.request import SamplingParams
-from engine.zone import ZoneKind, ZoneSpan
+from engine.zone import ZoneKind, ZoneSpan, joined_zone
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,17 @@ class GenerationService:
         client: DecodeClient,
         config: ZoneserveConfig,
         affinity_key: bytes,
+        grants: GrantSealer,
         metrics: IngressMetrics,
+        epochs: EpochStore | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`epochs`: of the zones; None: nothing is ever purged."""
         self._client = client
         self._config = config
         self._affinity_key = affinity_key
+        self._grants = grants
+        self._epochs = epochs or EpochStore(None)
         self._metrics = metrics
         self._clock = clock
         self._admission = Admission(config.routing.max_inflight_requests, clock)
@@ -81,6 +89,11 @@ class GenerationService:
     @property
     def num_inflight(self) -> int:
         return self._admission.num_inflight
+
+    def rotate(self, affinity_key: bytes, grant_keys: Sequence[bytes]) -> None:
+        """Take new keys for the calls to come; those of grants newest first. Raises ValueError."""
+        self._grants.set_keys(grant_keys)
+        self._affinity_key = affinity_key
 
     def token_limit(self, prompt_tokens: int, asked: int | None) -> int:
         """Output tokens a request may have.
@@ -100,11 +113,14 @@ class GenerationService:
         return asked or room
 
     async def stream(
-        self, prompt: TokenisedPrompt, choices: Sequence[SamplingParams], arrival: float
+        self, prompt: TokenisedPrompt, choices: Sequence[SamplingParams], arrival: float, *, tenant: str = ""
     ) -> AsyncGenerator[tuple[int, TokenEvent, Timeline], None]:
         """Events of all choices as they come, each with its choice's index.
 
+        `tenant`: the caller's, on whose behalf blocks are evicted; empty: the one that the prompt's zones name.
+
         Raises:
+            ValueError: A zone of the prompt belongs to another tenant.
             OverCapacity: Too much in flight; nothing was started.
             ServeError: As `DecodeClient.generate`.
         """
@@ -112,22 +128,22 @@ class GenerationService:
             raise OverCapacity("too many requests in flight", retry_after_s=self._admission.retry_after_s())
         try:
             if len(choices) == 1:
-                async with aclosing(self._choice(prompt, choices[0], arrival)) as events:
+                async with aclosing(self._choice(prompt, choices[0], arrival, tenant)) as events:
                     async for event, timeline in events:
                         yield 0, event, timeline
             else:
-                async with aclosing(self._merged(prompt, choices, arrival)) as items:
+                async with aclosing(self._merged(prompt, choices, arrival, tenant)) as items:
                     async for item in items:
                         yield item
         finally:
             self._admission.finish(len(choices))
 
     async def complete(
-        self, prompt: TokenisedPrompt, choices: Sequence[SamplingParams], arrival: float
+        self, prompt: TokenisedPrompt, choices: Sequence[SamplingParams], arrival: float, *, tenant: str = ""
     ) -> list[Completed]:
-        """All choices, whole."""
+        """All choices, whole. Arguments and errors as `stream`."""
         results = [Completed() for _ in choices]
-        async with aclosing(self.stream(prompt, choices, arrival)) as items:
+        async with aclosing(self.stream(prompt, choices, arrival, tenant=tenant)) as items:
             async for index, event, timeline in items:
                 result = results[index]
                 result.text += event.text
@@ -140,13 +156,13 @@ class GenerationService:
         return results
 
     async def _merged(
-        self, prompt: TokenisedPrompt, choices: Sequence[SamplingParams], arrival: float
+        self, prompt: TokenisedPrompt, choices: Sequence[SamplingParams], arrival: float, tenant: str
     ) -> AsyncGenerator[tuple[int, TokenEvent, Timeline], None]:
         merged: asyncio.Queue[tuple[int, TokenEvent, Timeline] | BaseException | None] = asyncio.Queue()
 
         async def drain(index: int, sampling: SamplingParams) -> None:
             try:
-                async with aclosing(self._choice(prompt, sampling, arrival)) as events:
+                async with aclosing(self._choice(prompt, sampling, arrival, tenant)) as events:
                     async for event, timeline in events:
                         merged.put_nowait((index, event, timeline))
                 merged.put_nowait(None)
@@ -171,16 +187,9 @@ class GenerationService:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _choice(
-        self, prompt: TokenisedPrompt, sampling: SamplingParams, arrival: float
+        self, prompt: TokenisedPrompt, sampling: SamplingParams, arrival: float, tenant: str
     ) -> AsyncGenerator[tuple[TokenEvent, Timeline], None]:
-        call = GenerateCall(
-            request_id=f"gen-{uuid.uuid4().hex}",
-            prompt_token_ids=prompt.token_ids,
-            sampling=sampling,
-            zone_spans=prompt.zone_spans,
-            timeout_s=self._config.routing.request_timeout_s,
-            affinity=self._affinity(prompt.zone_spans),
-        )
+        call = self._call(prompt, sampling, tenant)
         timeline = Timeline(arrival)
         is_finished = False
         async with aclosing(self._client.generate(call)) as events:
@@ -190,6 +199,22 @@ class GenerationService:
                 yield event, timeline
         if not is_finished:
             raise InternalFault("the stream ended without a finish reason")
+
+    def _call(self, prompt: TokenisedPrompt, sampling: SamplingParams, tenant: str) -> GenerateCall:
+        """With the epochs of now, and sealed: nothing of it may change on the way."""
+        spans = stamped(prompt.zone_spans, self._epochs)
+        zone = joined_zone(spans)
+        call = GenerateCall(
+            request_id=f"gen-{uuid.uuid4().hex}",
+            prompt_token_ids=prompt.token_ids,
+            sampling=sampling,
+            zone_spans=spans,
+            timeout_s=self._config.routing.request_timeout_s,
+            epoch=self._epochs.epoch_of(zone),
+            affinity=self._affinity(spans),
+            tenant=tenant or zone.tenant,
+        )
+        return replace(call, grant=self._grants.seal(call))
 
     def _note(self, event: TokenEvent, timeline: Timeline) -> None:
         metrics, now = self._metrics, self._clock()
@@ -211,7 +236,9 @@ class GenerationService:
                 metrics.prompt_tokens.labels(origin).inc(count)
 
     def _affinity(self, spans: tuple[ZoneSpan, ...]) -> bytes:
-        """Keyed digest of the zone whose prefix is worth finding again: the plan's, else the case's."""
-        kinds = {span.zone.kind: span.zone.path for span in spans}
-        path = kinds.get(ZoneKind.PLAN) or kinds.get(ZoneKind.CASE)
-        return hmac.digest(self._affinity_key, path.encode(), "sha256") if path else b""
+        """Keyed digest of the zone and epoch whose prefix is worth finding again: the plan's, else the case's."""
+        kinds = {span.zone.kind: span for span in spans}
+        span = kinds.get(ZoneKind.PLAN) or kinds.get(ZoneKind.CASE)
+        if span is None:
+            return b""
+        return hmac.digest(self._affinity_key, struct.pack("<Q", span.epoch) + span.zone.path.encode(), "sha256")

@@ -20,12 +20,13 @@ from ray.serve.exceptions import RayServeException
 from deployments.calls import dispatch, over_ray
 from deployments.config import ZoneserveConfig
 from deployments.engine_host import EngineHost, EngineStopped
-from deployments.messages import FirstToken, PrefillCall, PrefillRefused, RouteHint
+from deployments.messages import FirstToken, GenerateCall, PrefillCall, PrefillRefused, RouteHint
 from deployments.metrics import ReplicaMetrics
+from deployments.trust.trail import AuditTrail
+from deployments.trust.transfer_records import landing_denial, transfer_record
 from engine.engine import Engine, Reservation
 from engine.request import Request, RequestStatus
 from engine.sampler import SampledToken
-from engine.zone import joined_zone
 from transfer.handoff import HandoffReceiver, Landing, LandingReceipt, LandingRefused
 from transfer.protocol import ConnectorClosed, PeerIncompatible, TransferError
 from transfer.quarantine import HandoffFault
@@ -56,22 +57,24 @@ class DecodeHandoff:
         *,
         request: Request,
         reservation: Reservation,
-        affinity: bytes,
+        call: GenerateCall,
         prefill: Any,
         receiver: HandoffReceiver,
         host: EngineHost,
         metrics: ReplicaMetrics,
+        trail: AuditTrail,
         config: ZoneserveConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._request = request
         self._reservation = reservation
-        self._affinity = affinity
+        self._call = call
         self._prefill_pool = over_ray(prefill)
         self._prefill = self._prefill_pool.options(stream=True).prefill
         self._receiver = receiver
         self._host = host
         self._metrics = metrics
+        self._trail = trail
         self._config = config
         self._clock = clock
         self._started_s = clock()
@@ -102,6 +105,8 @@ class DecodeHandoff:
         except HandoffFailed as failure:
             self._give_up(failure.reason, failure.fault)
         except LandingRefused as refusal:
+            assert self._landing is not None
+            self._trail.note("transfer.deny", **landing_denial(refusal.fault, self._landing.ticket))
             self._give_up(str(refusal.fault), None)
         except (ConnectorClosed, EngineStopped) as error:
             logger.warning("%s: %s", self._request.request_id, error)
@@ -115,7 +120,7 @@ class DecodeHandoff:
 
     async def _attempt(self) -> None:
         context = self._prefill.choose_replica(
-            RouteHint(self._request.request_id, len(self._request.prompt_token_ids), 1, self._affinity)
+            RouteHint(self._request.request_id, len(self._request.prompt_token_ids), 1, self._call.affinity)
         )
         try:
             async with asyncio.timeout(self._config.routing.choose_timeout_s):
@@ -127,7 +132,7 @@ class DecodeHandoff:
         try:
             landing = await self._issue(selection.replica_metadata)
             try:
-                response = await dispatch(self._prefill, selection, self._call(landing))
+                response = await dispatch(self._prefill, selection, self._prefill_call(landing))
             except (RayError, RayServeException) as error:
                 raise HandoffFailed("prefill_unavailable") from error
             await self._receive(landing, response)
@@ -154,7 +159,7 @@ class DecodeHandoff:
             self._sender = await self._receiver.connector.connect(base64.b64decode(metadata["handshake"]))
             self._landing = self._receiver.issue(
                 request_id=request.request_id,
-                zone=joined_zone(request.zone_spans).path,
+                zone=request.zone.path,
                 epoch=request.epoch,
                 block_ids=reservation.block_ids,
                 generations=reservation.generations,
@@ -169,15 +174,10 @@ class DecodeHandoff:
             raise HandoffFailed(reason) from error
         return self._landing
 
-    def _call(self, landing: Landing) -> PrefillCall:
-        request = self._request
+    def _prefill_call(self, landing: Landing) -> PrefillCall:
         return PrefillCall(
             request_id=_handoff_id(landing),
-            prompt_token_ids=request.prompt_token_ids,
-            sampling=request.sampling,
-            zone_spans=request.zone_spans,
-            epoch=request.epoch,
-            priority=request.priority,
+            granted=self._call,
             sealed_ticket=landing.sealed,
             handshake=self._receiver.connector.handshake(),
         )
@@ -209,10 +209,12 @@ class DecodeHandoff:
 
         def accept(engine: Engine) -> None:
             if self._request.status is RequestStatus.RESERVED:
-                self._host.publish(engine.accept_first_token(request_id, token))
+                output = engine.accept_first_token(request_id, token)
+                self.first_token = event  # first: the output may be the last, and then tells where the prompt came from
+                self._host.publish(output)
 
+        self.first_token = event  # before it is given out: it may be the last, and where its prompt came from is told then
         await self._host.call(accept)
-        self.first_token = event
         self._first_token_at_s = self._clock()
         self._first_token_settled.set()
 
@@ -222,6 +224,8 @@ class DecodeHandoff:
         async def land() -> None:
             # In one step with the landing: whoever stops us later finds either a receipt or an open ticket.
             self.receipt = await landing.landed(self._config.transfer.handoff_timeout_s)
+            record = transfer_record(landing.ticket, self._sender, self.receipt.num_bytes)
+            self._trail.note("transfer.recv", **record)
 
         landed = asyncio.get_running_loop().create_task(land())
         try:

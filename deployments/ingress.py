@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from deployments import openai_api as api
 from deployments.client import DecodeClient
 from deployments.config import ZoneserveConfig
-from deployments.errors import BadRequest, InternalFault, ServeError, UnknownModel
+from deployments.errors import BadRequest, Forbidden, InternalFault, ServeError, UnknownModel
 from deployments.generation import GenerationService, TokenisedPrompt
 from deployments.http import (
     ZONE_HEADERS,
@@ -41,9 +41,17 @@ from deployments.http import (
 from deployments.metrics import exposition, ingress_metrics, merge_expositions
 from deployments.openai_shapes import ChatShape, CompletionShape
 from deployments.prompts import ZonedMessage, ZonedText, one_text, tokenise_chat
+from deployments.reuse import ReuseReport
 from deployments.reviews import ReviewService
+from deployments.trust.epochs import EPOCHS_NAME, EpochStore
 from deployments.trust.guard import TrustGuard
-from deployments.trust.principals import Principal, read_master_key
+from deployments.trust.keyring import KeyringWatch
+from deployments.trust.principals import Principal
+from deployments.trust.receipts import ReceiptSigner
+from deployments.trust.review_record import CONTENT_KEY_INFO, PSEUDONYM_KEY_INFO
+from deployments.trust.upkeep import GRANT_KEY_INFO
+from deployments.trust.zone_grant import KEY_SETTLE_PERIODS, GrantSealer
+from deployments.zone_admin import ZoneAdmin, purge_pool
 from engine.block_hash import derive_key
 from engine.checkpoint import load_checkpoint
 from engine.errors import RequestError
@@ -56,7 +64,18 @@ logger = logging.getLogger("ray.serve.zoneserve.ingress")
 SCRAPE_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_FIELDS = ("replica", "alive", "arithmetic", "backend_fallback")
-ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/reviews", "/v1/models", "/health", "/metrics"})
+AFFINITY_KEY_INFO = b"routing-affinity"
+ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/reviews",
+        "/v1/models",
+        "/v1/zones/purge",
+        "/health",
+        "/metrics",
+    }
+)
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -114,14 +133,33 @@ class Ingress:
         self._grammars = GrammarCompiler(self._tokenizer)
         self._grammars.warm_up()
         self._metrics = ingress_metrics()
-        master_key = read_master_key(config.trust.master_key_file)
-        self._guard = TrustGuard(
-            config.trust, stream=f"ingress-{_replica_name()}", master_key=master_key, metrics=self._metrics
-        )
+        self._keys = KeyringWatch(config.trust.master_key_file)
+        self._epochs = EpochStore(None if config.trust.state_dir is None else config.trust.state_dir / EPOCHS_NAME)
+        self._receipts = ReceiptSigner(self._keys.keyring)
+        master_key = self._keys.keyring.current
         self._generation = GenerationService(
             client=DecodeClient(decode, config.routing, self._metrics),
             config=config,
-            affinity_key=derive_key(master_key, b"routing-affinity"),
+            affinity_key=derive_key(master_key, AFFINITY_KEY_INFO),
+            grants=GrantSealer(
+                self._keys.keyring.derive(GRANT_KEY_INFO),
+                settle_s=KEY_SETTLE_PERIODS * config.trust.policy_reload_s,
+            ),
+            epochs=self._epochs,
+            metrics=self._metrics,
+        )
+        self._guard = TrustGuard(
+            config.trust,
+            stream=f"ingress-{_replica_name()}",
+            master_key=master_key,
+            metrics=self._metrics,
+            also_look=(self._look_at_keys, self._epochs.refresh),
+        )
+        self._zones = ZoneAdmin(
+            self._guard,
+            epochs=self._epochs,
+            signer=self._receipts,
+            pools={name: purge_pool(handle) for name, handle in self._pools().items()},
             metrics=self._metrics,
         )
         self._reviews = ReviewService(
@@ -131,8 +169,8 @@ class Ingress:
             guard=self._guard,
             metrics=self._metrics,
             weights_digest=checkpoint.weights_digest,
-            pseudonym_key=derive_key(master_key, b"member-pseudonym"),
-            content_key=derive_key(master_key, b"audit-content"),
+            pseudonym_key=derive_key(master_key, PSEUDONYM_KEY_INFO),
+            content_key=derive_key(master_key, CONTENT_KEY_INFO),
             arithmetic=self._decode_arithmetic,
         )
 
@@ -140,6 +178,17 @@ class Ingress:
         """Serve calls it when the replica shuts down in order."""
         if hasattr(self, "_guard"):
             self._guard.close()
+
+    def _look_at_keys(self) -> None:
+        """Take new master keys into use. Pseudonyms and the audit log keep theirs until the replica starts anew."""
+        keyring = self._keys.poll()
+        if keyring is not None:
+            self._generation.rotate(derive_key(keyring.current, AFFINITY_KEY_INFO), keyring.derive(GRANT_KEY_INFO))
+            self._receipts.set_keyring(keyring)
+            self._metrics.key_rotations.inc()
+
+    def _pools(self) -> dict[str, Any]:
+        return {"decode": self._decode} | ({"prefill": self._prefill} if self._prefill is not None else {})
 
     # -- generation
 
@@ -156,7 +205,7 @@ class Ingress:
         ]
         prompt = await asyncio.to_thread(tokenise_chat, self._tokenizer, messages, grant.private)
         choices = await self._choices(body, prompt, body.token_limit, body.num_logprobs)
-        return await self._respond(shape, body, prompt, choices, arrival)
+        return await self._respond(shape, body, prompt, choices, arrival, tenant=principal.tenant)
 
     async def completions(self, request: Request) -> Response:
         arrival = time.monotonic()
@@ -168,7 +217,7 @@ class Ingress:
         token_ids = await asyncio.to_thread(self._prompt_ids, body)
         prompt = one_text(token_ids, grant.zones[0] if grant.zones else grant.private, grant.private)
         choices = await self._choices(body, prompt, body.token_limit, body.num_logprobs)
-        return await self._respond(shape, body, prompt, choices, arrival)
+        return await self._respond(shape, body, prompt, choices, arrival, tenant=principal.tenant)
 
     def _prompt_ids(self, body: api.CompletionRequest) -> list[int]:
         if body.text is not None:
@@ -202,13 +251,16 @@ class Ingress:
         prompt: TokenisedPrompt,
         choices: list[SamplingParams],
         arrival: float,
+        *,
+        tenant: str,
     ) -> Response:
+        report = ReuseReport.of(prompt.zone_spans, is_told=self._config.trust.report_cached_tokens)
         if not body.stream:
-            results = await self._generation.complete(prompt, choices, arrival)
-            return JSONResponse(shape.whole(len(prompt.token_ids), results))
+            results = await self._generation.complete(prompt, choices, arrival, tenant=tenant)
+            return JSONResponse(shape.whole(report, results))
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = self._generation.stream(prompt, choices, arrival)
-        replay = await with_first(shape.chunks(events, len(prompt.token_ids), include_usage))
+        events = self._generation.stream(prompt, choices, arrival, tenant=tenant)
+        replay = await with_first(shape.chunks(events, report, include_usage))
         return event_stream(replay())
 
     # -- claims
@@ -238,11 +290,11 @@ class Ingress:
 
     async def health(self, request: Request) -> Response:
         """200 when every replica of both pools answers and its engine can step; 503 with the reason otherwise."""
-        pools = {"decode": self._decode} | ({"prefill": self._prefill} if self._prefill is not None else {})
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
                 states = {
-                    name: list(await handle.broadcast("health").results_async()) for name, handle in pools.items()
+                    name: list(await handle.broadcast("health").results_async())
+                    for name, handle in self._pools().items()
                 }
         except Exception as error:  # whatever keeps a pool from answering is the finding
             return JSONResponse({"status": "unavailable", "reason": type(error).__name__}, status_code=503)
@@ -254,22 +306,31 @@ class Ingress:
         body = {"status": "ok" if is_healthy else "unavailable", "pools": shown}
         return JSONResponse(body, status_code=200 if is_healthy else 503)
 
+    async def purge(self, request: Request) -> Response:
+        """The signed receipt of a purge, which says whether every replica has purged."""
+        principal = await self._authenticate(request)
+        signed = await self._zones.purge(principal, await read_json(request))
+        return Response(signed.data, media_type="application/json")
+
     async def metrics(self, request: Request) -> Response:
+        """Counts of hits and misses say what others cache: where `trust.metrics_role` is set, only it may read them."""
+        role = self._config.trust.metrics_role
+        if role is not None and role not in (await self._authenticate(request)).roles:
+            self._metrics.zone_denials.labels("metrics_role").inc()
+            raise Forbidden("the metrics are not for this principal")
         texts: list[tuple[Mapping[str, str], str]] = [
             (
                 {"role": "ingress", "replica": _replica_name()},
                 exposition(self._metrics.registry, self._guard.audit_metrics()),
             )
         ]
-        for role, handle in (("decode", self._decode), ("prefill", self._prefill)):
-            if handle is None:
-                continue
+        for pool, handle in self._pools().items():
             try:
                 async with asyncio.timeout(SCRAPE_TIMEOUT_S):
                     for name, text in await handle.broadcast("metrics_text").results_async():
-                        texts.append(({"role": role, "replica": name}, text))
+                        texts.append(({"role": pool, "replica": name}, text))
             except Exception as error:  # a scrape shows what can be had
-                logger.warning("no metrics from %s: %s", role, type(error).__name__)
+                logger.warning("no metrics from %s: %s", pool, type(error).__name__)
         return Response(merge_expositions(texts), media_type=METRICS_CONTENT_TYPE)
 
     async def _decode_arithmetic(self) -> str:
@@ -339,6 +400,10 @@ def ingress_deployment(config: ZoneserveConfig) -> Any:
         @app.get("/health")
         async def health(self, request: Request) -> Response:
             return await super().health(request)
+
+        @app.post("/v1/zones/purge")
+        async def purge(self, request: Request) -> Response:
+            return await super().purge(request)
 
         @app.get("/metrics")
         async def metrics(self, request: Request) -> Response:

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,14 @@ import httpx
 from deployments.config import ConfigError, ZoneserveConfig
 from deployments.settings import prepare_ray_environment
 from deployments.trust.audit.files import AuditDirectory, AuditError
+from deployments.trust.epochs import EPOCHS_NAME, EpochError, EpochStore
+from deployments.trust.keyring import read_keyring
 from deployments.trust.manifest import ManifestError
+from deployments.trust.manifest_floors import FLOORS_NAME, FloorError, read_floors
 from deployments.trust.manifest_keys import TrustedKeys, create_signing_key, read_signing_key
 from deployments.trust.manifest_keys import trust as trust_key
 from deployments.trust.policy import DEFAULT_POLICY, PolicyError, load_policy
-from deployments.trust.principals import Principals, create_missing_keys, read_master_key
+from deployments.trust.principals import Principals, create_missing_keys
 from deployments.trust.shareable import PublicationVetoed, publish_shipped
 from engine.zone import PUBLIC
 
@@ -61,6 +64,8 @@ def local_deployment(config: ZoneserveConfig, *, client_key_file: Path = CLIENT_
     _require_free_port(config.ingress.host, config.ingress.port)
     import ray
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     from deployments.app import build_application
 
@@ -79,7 +84,11 @@ def local_deployment(config: ZoneserveConfig, *, client_key_file: Path = CLIENT_
         serve.run(application, name=APPLICATION)
         url = f"http://{config.ingress.host}:{config.ingress.port}"
         _wait_until_healthy(url)
-        yield Endpoint(url, key)
+        try:
+            yield Endpoint(url, key)
+        finally:
+            with suppress(RayError, RayServeException, TimeoutError):  # whatever state it is in, it ends now
+                serve.delete(APPLICATION)  # in order: the audit logs end with an anchor
     except RuntimeError as error:
         raise LocalDeploymentError(f"the deployment did not start: {error}") from error
     finally:
@@ -87,13 +96,14 @@ def local_deployment(config: ZoneserveConfig, *, client_key_file: Path = CLIENT_
 
 
 def _client_key(config: ZoneserveConfig, client_key_file: Path) -> str:
-    if config.trust.create_missing:
-        create_missing_keys(config.trust.keys_file, config.trust.master_key_file, client_key_file)
-    for path in (config.trust.keys_file, config.trust.master_key_file):
-        if not path.is_file():
+    keys_file, master_key_file = config.trust.keys_file, config.trust.master_key_file
+    if config.trust.create_missing and master_key_file is not None:
+        create_missing_keys(keys_file, master_key_file, client_key_file)
+    for path in (keys_file, master_key_file):
+        if path is not None and not path.is_file():
             raise ConfigError(f"{path}: the key file is missing (trust.create_missing would make it)")
-    Principals.from_file(config.trust.keys_file)
-    read_master_key(config.trust.master_key_file)
+    Principals.from_file(keys_file)
+    read_keyring(master_key_file)
     return client_key_file.read_text(encoding="utf-8").strip() if client_key_file.is_file() else ""
 
 
@@ -102,14 +112,17 @@ def _prepare_trust(config: ZoneserveConfig) -> None:
     tenant of the keys file, with a key that is made beside the trusted ones.
 
     Raises:
-        ConfigError: The policy or the audit directory cannot be used, or the texts cannot be signed.
+        ConfigError: The policy, the audit directory or what is kept cannot be used, or the texts cannot be signed.
         KeyFileError: A key cannot be used.
     """
     try:
         load_policy(config.trust.policy_file or DEFAULT_POLICY)
         if config.trust.audit is not None:
             AuditDirectory(config.trust.audit.dir, create=True).close()
-    except (PolicyError, AuditError) as error:
+        if config.trust.state_dir is not None:
+            read_floors(config.trust.state_dir / FLOORS_NAME)
+            EpochStore(config.trust.state_dir / EPOCHS_NAME)
+    except (PolicyError, AuditError, FloorError, EpochError) as error:
         raise ConfigError(str(error)) from error
     folder, trusted_file = config.trust.manifests_dir, config.trust.manifest_keys_file
     if folder is None or trusted_file is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.request import SamplingParams
+from engine.request import Request, SamplingParams
 from engine.zone import ZoneSpan
 
 
@@ -23,6 +23,8 @@ class GenerateCall:
     """Ingress -> decode: one sequence to generate. `timeout_s` bounds the whole of it.
 
     `affinity`: keyed digest of the zone whose prefix is worth finding again, on either pool; empty: none.
+    `tenant`: on whose behalf blocks are evicted; empty where nobody is known.
+    `grant`: the ingress's seal over request id, tenant, zones, epochs and prompt (`trust.zone_grant`).
     """
 
     request_id: str
@@ -33,6 +35,25 @@ class GenerateCall:
     epoch: int = 0
     priority: int = 0
     affinity: bytes = b""
+    tenant: str = ""
+    grant: bytes = field(default=b"", repr=False)
+
+    def request(self, request_id: str, *, is_prefill_only: bool = False) -> Request:
+        """For this replica's engine, under a name of its own.
+
+        Raises:
+            ValueError: There is no prompt, or the spans are not in order.
+        """
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=self.prompt_token_ids,
+            sampling=self.sampling,
+            zone_spans=self.zone_spans,
+            epoch=self.epoch,
+            priority=self.priority,
+            tenant=self.tenant,
+            is_prefill_only=is_prefill_only,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +98,13 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class PrefillCall:
-    """Decode -> prefill: compute this prompt and push it where the sealed ticket says."""
+    """Decode -> prefill: compute the granted call's prompt and push it where the sealed ticket says.
+
+    `granted`: as decode had it from the ingress, whose grant prefill checks for itself.
+    """
 
     request_id: str
-    prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
-    zone_spans: tuple[ZoneSpan, ...]
-    epoch: int
-    priority: int
+    granted: GenerateCall
     sealed_ticket: bytes
     handshake: bytes
 

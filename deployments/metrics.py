@@ -71,6 +71,8 @@ class IngressMetrics:
         self.segment_denials = self._counter(
             "segment_denials", "Texts that were to be shared and are private, by reason", ["reason"]
         )
+        self.key_rotations = self._counter("key_rotations", "Master keys taken into use while running", [])
+        self.purges = self._counter("purges", "Purges of a zone, by outcome", ["outcome"])
         self.policy_reloads = self._counter("policy_reloads", "Policy files read, by outcome", ["outcome"])
         self.manifest_refusals = self._counter(
             "manifest_refusals", "Manifests that are refused, or in force no longer, by reason", ["reason"]
@@ -130,6 +132,10 @@ class ReplicaMetrics:
             PREFIX + "local_prefill_fallbacks", "Handoffs that ended in prefill on decode", ["reason"],
             registry=self.registry,
         )  # fmt: skip
+        self.grant_refusals = Counter(
+            PREFIX + "grant_refusals", "Calls without a valid zone grant, by reason", ["reason"],
+            registry=self.registry,
+        )  # fmt: skip
         self.recomputed = Counter(
             PREFIX + "recomputed_tokens",
             "Tokens computed again after preemption or fallback",
@@ -155,6 +161,13 @@ class ReplicaMetrics:
             "Start of the process to the first health check that it passes; 0 until then",
             registry=self.registry,
         )
+        self.key_rotations = Counter(
+            PREFIX + "key_rotations", "Master keys taken into use while running", registry=self.registry
+        )
+        self.prewarm_failures = Counter(
+            PREFIX + "prewarm_failures", "Shared texts that are not resident, by reason", ["reason"],
+            registry=self.registry,
+        )  # fmt: skip
 
 
 class EngineCollector(Collector):
@@ -167,7 +180,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = asdict(self._stats)
         used = stats["blocks_used"] + stats["blocks_quarantined"]
-        total = used + stats["blocks_free"] + stats["blocks_cached"]
+        total = used + stats["blocks_free"] + stats["blocks_cached"] + stats["blocks_pinned"]
         yield GaugeMetricFamily(PREFIX + "num_requests_running", "Requests being computed", stats["running"])
         yield GaugeMetricFamily(PREFIX + "num_requests_waiting", "Requests queued", stats["waiting"])
         yield GaugeMetricFamily(PREFIX + "num_requests_reserved", "Waiting for KV from prefill", stats["reserved"])
@@ -175,6 +188,9 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily(PREFIX + "kv_cache_usage_perc", "Blocks in use, 0 to 1", used / max(total, 1))
         yield GaugeMetricFamily(
             PREFIX + "kv_blocks_quarantined", "Blocks awaiting a fence", stats["blocks_quarantined"]
+        )
+        yield GaugeMetricFamily(
+            PREFIX + "kv_blocks_pinned", "Blocks of shared texts kept resident", stats["blocks_pinned"]
         )
         for name, text in _ENGINE_COUNTERS.items():
             yield CounterMetricFamily(PREFIX + name, text, stats[name])
@@ -211,16 +227,21 @@ _ENGINE_COUNTERS = {
     "steps": "Engine steps",
     "scrubbed_blocks": "Blocks zeroed before reuse",
     "evictions": "Cached blocks given up for new ones",
+    "quota_evictions": "Cached blocks given up because their owner's cap was reached",
+    "expired_blocks": "Cached blocks of cases given up after their time to live",
+    "stale_epochs": "Requests labelled before a purge: served, not cached",
+    "lost_cache_events": "Cache events that no audit record was written of",
 }
 
 
-def exposition(registry: CollectorRegistry, extra: Collector | None = None) -> str:
+def exposition(registry: CollectorRegistry, *extras: Collector | None) -> str:
     """Text exposition of one replica."""
     text = generate_latest(registry).decode()
-    if extra is not None:
-        scratch = CollectorRegistry()
-        scratch.register(extra)
-        text += generate_latest(scratch).decode()
+    for extra in extras:
+        if extra is not None:
+            scratch = CollectorRegistry()
+            scratch.register(extra)
+            text += generate_latest(scratch).decode()
     return text
 
 

@@ -184,12 +184,14 @@ def strip_client_parameters(document: dict[str, Any]) -> dict[str, Any]:
     return {name: document.pop(name) for name in STRIPPED_PARAMETERS if name in document}
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> dict[str, object]:
+    """`cached_tokens` None: not told."""
+    counts: dict[str, object] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+    return counts if cached_tokens is None else counts | {"prompt_tokens_details": {"cached_tokens": cached_tokens}}
 
 
 def chat_logprobs(items: Sequence[TokenLogprob], token_bytes: TokenBytes) -> dict[str, object] | None:

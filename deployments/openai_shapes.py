@@ -10,7 +10,8 @@ from contextlib import aclosing
 
 from deployments import openai_api as api
 from deployments.generation import Completed, Timeline
-from deployments.messages import TokenEvent, TokenLogprob
+from deployments.messages import Provenance, TokenEvent, TokenLogprob
+from deployments.reuse import ReuseReport
 
 
 class ChatShape:
@@ -21,7 +22,7 @@ class ChatShape:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._base = {"id": self.id, "created": int(time.time()), "model": model}
 
-    def whole(self, prompt_tokens: int, results: list[Completed]) -> dict[str, object]:
+    def whole(self, report: ReuseReport, results: list[Completed]) -> dict[str, object]:
         choices = [
             {
                 "index": index,
@@ -31,17 +32,20 @@ class ChatShape:
             }
             for index, result in enumerate(results)
         ]
-        usage = api.usage(prompt_tokens, sum(len(result.token_ids) for result in results))
+        usage = _usage(report, results)
         return self._base | {"object": "chat.completion", "choices": choices, "usage": usage}
 
     async def chunks(
-        self, events: AsyncGenerator[tuple[int, TokenEvent, Timeline], None], prompt_tokens: int, include_usage: bool
+        self, events: AsyncGenerator[tuple[int, TokenEvent, Timeline], None], report: ReuseReport, include_usage: bool
     ) -> AsyncIterator[Mapping[str, object]]:
         completion_tokens = 0
+        provenances: list[Provenance] = []
         started: set[int] = set()
         async with aclosing(events):
             async for index, event, _ in events:
                 completion_tokens += len(event.token_ids)
+                if event.finish_reason is not None:
+                    provenances.append(event.provenance or Provenance())
                 if event.token_ids or event.text:
                     delta: dict[str, object] = {"content": event.text}
                     if index not in started:
@@ -52,7 +56,7 @@ class ChatShape:
                 if event.finish_reason is not None:
                     yield self._chunk(index, {}, event.finish_reason, include_usage, None)
         if include_usage:
-            usage = api.usage(prompt_tokens, completion_tokens)
+            usage = api.usage(report.num_tokens, completion_tokens, report.cached_tokens(provenances))
             yield self._base | {"object": "chat.completion.chunk", "choices": [], "usage": usage}
 
     def _chunk(
@@ -71,7 +75,7 @@ class CompletionShape:
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self._base = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
 
-    def whole(self, prompt_tokens: int, results: list[Completed]) -> dict[str, object]:
+    def whole(self, report: ReuseReport, results: list[Completed]) -> dict[str, object]:
         choices = [
             {
                 "index": index,
@@ -82,19 +86,22 @@ class CompletionShape:
             }
             for index, result in enumerate(results)
         ]
-        usage = api.usage(prompt_tokens, sum(len(result.token_ids) for result in results))
+        usage = _usage(report, results)
         return self._base | {"choices": choices, "usage": usage}
 
     async def chunks(
-        self, events: AsyncGenerator[tuple[int, TokenEvent, Timeline], None], prompt_tokens: int, include_usage: bool
+        self, events: AsyncGenerator[tuple[int, TokenEvent, Timeline], None], report: ReuseReport, include_usage: bool
     ) -> AsyncIterator[Mapping[str, object]]:
         completion_tokens = 0
+        provenances: list[Provenance] = []
         logprobs: defaultdict[int, api.CompletionLogprobs] = defaultdict(
             lambda: api.CompletionLogprobs(self._token_bytes)
         )
         async with aclosing(events):
             async for index, event, _ in events:
                 completion_tokens += len(event.token_ids)
+                if event.finish_reason is not None:
+                    provenances.append(event.provenance or Provenance())
                 choice = {
                     "index": index,
                     "text": event.text,
@@ -104,7 +111,13 @@ class CompletionShape:
                 }
                 yield self._base | {"choices": [choice]} | ({"usage": None} if include_usage else {})
         if include_usage:
-            yield self._base | {"choices": [], "usage": api.usage(prompt_tokens, completion_tokens)}
+            usage = api.usage(report.num_tokens, completion_tokens, report.cached_tokens(provenances))
+            yield self._base | {"choices": [], "usage": usage}
+
+
+def _usage(report: ReuseReport, results: list[Completed]) -> dict[str, object]:
+    completion_tokens = sum(len(result.token_ids) for result in results)
+    return api.usage(report.num_tokens, completion_tokens, report.cached_tokens(r.provenance for r in results))
 
 
 def _logprobs(result: Completed) -> list[TokenLogprob]:

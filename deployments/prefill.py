@@ -10,13 +10,15 @@ from collections.abc import AsyncIterator
 
 from deployments.config import ZoneserveConfig
 from deployments.engine_host import EngineStopped
+from deployments.errors import AuditUnavailable
 from deployments.messages import FirstToken, PrefillCall, PrefillDone, PrefillEvent, PrefillRefused
 from deployments.replica import EngineReplica, ReplicaParts, build_parts
+from deployments.trust.transfer_records import grant_denial, transfer_record
+from deployments.trust.zone_grant import GrantRefused, GrantVerifier
 from engine.engine import RequestOutput
 from engine.errors import EngineError
 from engine.kv_cache import KVCacheLayout
 from engine.request import FinishReason, Request
-from engine.zone import joined_zone
 from transfer.handoff import HandoffSender, PushSession
 from transfer.notice import AbortReason
 from transfer.protocol import PeerIncompatible, TransferError
@@ -39,8 +41,11 @@ class PrefillReplica(EngineReplica):
     def __init__(self, config: ZoneserveConfig, model_path: str, parts: ReplicaParts | None = None) -> None:
         parts = parts or build_parts(self.role, config, config.prefill, model_path)
         super().__init__(config, parts)
+        self.grants = GrantVerifier(parts.grant_keys, parts.unix_time_s)
+        self._sealer = TicketSealer(parts.transfer_keys, parts.unix_time_s)
+        self._epoch_floor = parts.engine.epoch_floor  # a look into a table, between two bytecodes
         verifier = TicketVerifier(
-            TicketSealer(parts.transfer_key, parts.unix_time_s),
+            self._sealer,
             ReplayGuard(parts.unix_time_s),
             layout_fingerprint=self.runner.layout.fingerprint(),
             weights_digest=self.runner.weights_digest,
@@ -49,7 +54,6 @@ class PrefillReplica(EngineReplica):
         self._sender = HandoffSender(
             self.connector,
             verifier,
-            parts.transfer_key,
             write_timeout_s=config.transfer.write_timeout_s,
             clock=parts.unix_time_s,
         )
@@ -59,6 +63,11 @@ class PrefillReplica(EngineReplica):
     def record_replica_metadata(self) -> dict[str, str]:
         """What a decode replica needs in order to know this one's end of the transfer."""
         return {"role": self.role, "handshake": base64.b64encode(self.connector.handshake()).decode()}
+
+    def rotate(self, transfer_keys: tuple[bytes, ...], grant_keys: tuple[bytes, ...]) -> None:
+        """Take new rings, newest key first. Work under way keeps the keys that it began with. Raises ValueError."""
+        self._sealer.set_keys(transfer_keys)
+        self.grants.set_keys(grant_keys)
 
     async def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
         """Compute, push, and hand over the first token as soon as it exists.
@@ -70,9 +79,8 @@ class PrefillReplica(EngineReplica):
             return
         self._calls[call.request_id] = asyncio.Event()
         try:
-            expected = Expectation(joined_zone(call.zone_spans).path, call.epoch, len(call.prompt_token_ids))
-            session = await self._sender.accept(call.sealed_ticket, call.handshake, expected)
-        except TransferError as error:
+            request, session = await self._accept(call)
+        except (TransferError, GrantRefused, AuditUnavailable) as error:
             logger.warning("%s: %s", call.request_id, error)
             self._end(call.request_id)
             yield PrefillRefused(_refusal(error))
@@ -82,9 +90,11 @@ class PrefillReplica(EngineReplica):
             raise
         failure = AbortReason.CANCELLED
         try:
-            yield await self._push_prompt(call, session)
+            yield await self._push_prompt(request, session)
             receipt = await session.finish()
             failure = AbortReason.NONE
+            ticket = session.ticket
+            self.trail.note("transfer.send", **transfer_record(ticket, ticket.receiver, receipt.num_bytes))
         except (EngineError, EngineStopped, PrefillFailed) as error:
             failure = AbortReason.PREFILL_FAILED
             raise PrefillFailed(str(error)) from error
@@ -114,19 +124,44 @@ class PrefillReplica(EngineReplica):
             return self.connector.name, False
         return self.connector.name, True
 
-    async def _push_prompt(self, call: PrefillCall, session: PushSession) -> FirstToken:
-        """Compute the prompt, and submit every block before the first token is given out."""
-        request = Request(
-            request_id=call.request_id,
-            prompt_token_ids=call.prompt_token_ids,
-            sampling=call.sampling,
-            zone_spans=call.zone_spans,
-            epoch=call.epoch,
-            priority=call.priority,
-            is_prefill_only=True,
+    async def _accept(self, call: PrefillCall) -> tuple[Request, PushSession]:
+        """What to compute, by the ingress's grant, and leave to push it, by decode's ticket; they must agree.
+
+        Raises:
+            GrantRefused, TransferError: Counted and audited. AuditUnavailable: Nothing private is taken on then.
+        """
+        granted = call.granted
+        try:
+            self.grants.verify(granted)
+        except GrantRefused as refusal:
+            self.metrics.grant_refusals.labels(refusal.reason).inc()
+            self.trail.note("transfer.deny", **grant_denial(refusal.reason, granted.request_id))
+            raise
+        self.trail.require_writable()
+        request = granted.request(call.request_id, is_prefill_only=True)
+        expected = Expectation(
+            zone=request.zone.path,
+            epoch=request.epoch,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            request_id=granted.request_id,
+            epoch_floor=self._epoch_floor(request.zone),
         )
+        try:
+            return request, await self._sender.accept(call.sealed_ticket, call.handshake, expected)
+        except TransferError as error:
+            self.trail.note(
+                "transfer.deny",
+                reason=_refusal(error),
+                request_id=granted.request_id,
+                zone=expected.zone,
+                epoch=expected.epoch,
+            )
+            raise
+
+    async def _push_prompt(self, request: Request, session: PushSession) -> FirstToken:
+        """Compute the prompt, and submit every block before the first token is given out."""
         stream = self.host.open(request)  # from here on `settle` can end the call
-        if call.request_id in self._revoked:
+        if request.request_id in self._revoked:
             raise PrefillFailed("revoked")
         await self.host.add(request)
         output = None
@@ -135,8 +170,8 @@ class PrefillReplica(EngineReplica):
             if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                 break
             if not pusher.block_ids:
-                pusher.block_ids = await self.host.call(lambda engine: engine.block_ids(call.request_id))
-            pusher.push(output, len(call.prompt_token_ids))
+                pusher.block_ids = await self.host.call(lambda engine: engine.block_ids(request.request_id))
+            pusher.push(output, len(request.prompt_token_ids))
             if output.token_ids:
                 break
         return _first_token(output, stream.queue_s)
@@ -157,8 +192,12 @@ class PrefillReplica(EngineReplica):
         self._calls.pop(request_id).set()
 
 
-def _refusal(error: TransferError) -> str:
+def _refusal(error: TransferError | GrantRefused | AuditUnavailable) -> str:
     """A label; what a peer sent is only in the log."""
+    if isinstance(error, AuditUnavailable):
+        return error.code
+    if isinstance(error, GrantRefused):
+        return f"grant_{error.reason}"
     if isinstance(error, TicketRefused):
         return error.reason
     return "incompatible" if isinstance(error, PeerIncompatible) else "decode_unreachable"

@@ -7,20 +7,27 @@ import logging
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from deployments.affinity import can_pin, pin_process, usable_cpus
 from deployments.config import PoolSection, ZoneserveConfig
-from deployments.engine_host import EngineHost, HostObserver
-from deployments.metrics import EngineCollector, ReplicaMetrics, exposition
+from deployments.engine_host import EngineHost, EngineStopped, HostObserver
+from deployments.metrics import AuditCollector, EngineCollector, ReplicaMetrics, exposition
 from deployments.settings import read_settings
 from deployments.startup import StartupClock
-from deployments.trust.principals import read_master_key
-from engine.block_hash import BlockHasher, HashContext, derive_key
+from deployments.trust.epochs import EPOCHS_NAME, EpochStore
+from deployments.trust.keyring import KeyringWatch
+from deployments.trust.receipts import ReplicaPurge
+from deployments.trust.trail import AuditTrail
+from deployments.trust.upkeep import GRANT_KEY_INFO, TRANSFER_KEY_INFO, Upkeep, note_cache_events, quotas_of
+from deployments.trust.warm import Warmer
+from engine.block_hash import BlockHasher, HashContext
+from engine.cache_events import CacheEvent
 from engine.checkpoint import load_checkpoint
 from engine.engine import Engine, EngineStats
 from engine.model_runner import ModelRunner, load_runner
@@ -36,19 +43,24 @@ logger = logging.getLogger("ray.serve.zoneserve.replica")
 class ReplicaParts:
     """What a replica is built on. `build_parts` makes the real ones; a simulation hands in its own.
 
-    `make_host`: puts the engine on its thread. `unix_time_s`: tickets expire by it. `cores`: the kernel's numbers
-    of those that the process is pinned to. `startup`: runs since the process started.
+    `transfer_keys`, `grant_keys`: newest first. `make_host`: puts the engine on its thread. `unix_time_s`: tickets
+    expire by it. `cores`: the kernel's numbers of those that the process is pinned to. `startup`: runs since the
+    process started. `trail`: this replica's audit log. `upkeep`: what it looks after while it runs.
     """
 
     engine: Engine
     runner: ModelRunner
     tokenizer: Tokenizer
     connector: KVConnector
-    transfer_key: bytes
+    transfer_keys: tuple[bytes, ...]
+    grant_keys: tuple[bytes, ...]
     make_host: Callable[[Engine, HostObserver], EngineHost] = EngineHost
     unix_time_s: Callable[[], float] = time.time
     cores: tuple[int, ...] = ()
     startup: StartupClock | None = None
+    trail: AuditTrail = field(default_factory=lambda: AuditTrail(None))
+    metrics: ReplicaMetrics = field(default_factory=ReplicaMetrics)
+    upkeep: Upkeep | None = None
 
 
 class EngineReplica:
@@ -58,6 +70,7 @@ class EngineReplica:
         host: The engine behind its thread.
         connector: This process's end of the KV transfer, over the engine's own blocks.
         metrics: Registry scraped through `metrics_text`.
+        trail: This replica's own audit log.
     """
 
     role: str
@@ -67,7 +80,10 @@ class EngineReplica:
         self.runner = parts.runner
         self.tokenizer = parts.tokenizer
         self.connector = parts.connector
-        self.metrics = ReplicaMetrics()
+        self.metrics = parts.metrics
+        self.trail = parts.trail
+        self._upkeep = parts.upkeep
+        self._upkeep_task: asyncio.Task[None] | None = None
         self.metrics.engine_info.labels(self.runner.arithmetic).set(1)
         if self.runner.fallback_reason is not None:
             self.metrics.backend_fallbacks.labels(short_reason(self.runner.fallback_reason)).inc()
@@ -81,6 +97,29 @@ class EngineReplica:
 
     def request_queued_for(self, request_id: str, seconds: float) -> None:
         self.metrics.queue_time.observe(seconds)
+
+    def cache_changed(self, events: list[CacheEvent]) -> None:
+        note_cache_events(self.trail, events)
+
+    def rotate(self, transfer_keys: tuple[bytes, ...], grant_keys: tuple[bytes, ...]) -> None:
+        """Take other keys into use, newest first; what is under way keeps those it began with."""
+        raise NotImplementedError
+
+    async def purge(self, zone_path: str, epoch: int) -> ReplicaPurge:
+        """Forget a zone up to `epoch`; its blocks are scrubbed, those in use when they are given back."""
+        count = await self.host.call(lambda engine: engine.purge(zone_path, epoch))
+        return ReplicaPurge(
+            replica=_replica_name(),
+            num_findable=count.num_findable - count.num_pinned,
+            num_scrubbed=count.num_scrubbed,
+            num_in_use=count.num_in_use,
+            num_pinned=count.num_pinned,
+        )
+
+    def __del__(self) -> None:
+        """Serve calls it when the replica shuts down in order."""
+        if hasattr(self, "trail"):
+            self.trail.close()
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run clean-up that must outlive the request that started it."""
@@ -112,6 +151,20 @@ class EngineReplica:
                 self.role, self._startup.total_s, self.runner.arithmetic, self._startup,
             )  # fmt: skip
             self._startup = None
+        if self._upkeep is not None and self._upkeep_task is None:
+            # Not in_background: it never ends, and what counts there is clean-up that must.
+            self._upkeep_task = asyncio.get_running_loop().create_task(self._look_after(self._upkeep))
+
+    async def _look_after(self, upkeep: Upkeep) -> None:
+        while self.host.is_alive:
+            await asyncio.sleep(upkeep.period_s)
+            try:
+                if await upkeep.look(self.host, self.rotate):
+                    self.metrics.key_rotations.inc()
+            except EngineStopped:
+                return
+            except Exception:
+                logger.exception("keys and shared texts stay as they were")
 
     async def engine_stats(self) -> dict[str, Any]:
         """Engine and transfer counts; `background` counts clean-up under way."""
@@ -123,7 +176,10 @@ class EngineReplica:
 
     async def metrics_text(self) -> tuple[str, str]:
         stats: EngineStats = await self.host.call(lambda engine: engine.stats())
-        return _replica_name(), exposition(self.metrics.registry, EngineCollector(stats, self.transfer_counts()))
+        counts = self.trail.counts()
+        audit = None if counts is None else AuditCollector(counts, is_writable=self.trail.failure is None)
+        engine = EngineCollector(stats, self.transfer_counts())
+        return _replica_name(), exposition(self.metrics.registry, engine, audit)
 
     def transfer_counts(self) -> Mapping[str, float]:
         """KV transfer counts by metric name."""
@@ -155,20 +211,50 @@ def build_parts(role: str, config: ZoneserveConfig, pool: PoolSection, model_pat
         cache_dir=read_settings().cache,
     )
     startup.lap("model")
-    master_key = read_master_key(config.trust.master_key_file)
+    trust, metrics = config.trust, ReplicaMetrics()
+    keys = KeyringWatch(trust.master_key_file)
+    context = hash_context(runner, tokenizer, str(checkpoint.config.rope))
+    max_model_len = config.model.max_model_len
     engine = Engine(
         config=scheduler_config(config),
         runner=runner,
         tokenizer=tokenizer,
-        hasher=BlockHasher(master_key, hash_context(runner, tokenizer, str(checkpoint.config.rope))),
+        hasher=BlockHasher(keys.keyring.current, context),
         num_blocks=pool.num_blocks,
         case_idle_ttl_s=config.engine.case_idle_ttl_s,
+        quotas=quotas_of(
+            trust.quotas,
+            num_blocks=pool.num_blocks,
+            num_longest=runner.layout.num_blocks_for(max_model_len),
+        ),
     )
     startup.lap("digests")
+    warmer = Warmer(
+        trust,
+        tokenizer,
+        block_size=config.engine.block_size,
+        num_blocks=pool.num_blocks,
+        max_model_len=max_model_len,
+        epochs=EpochStore(None if trust.state_dir is None else trust.state_dir / EPOCHS_NAME),
+        on_failure=lambda reason: metrics.prewarm_failures.labels(reason).inc(),
+    )
+    warmer.warm_engine(engine)
+    startup.lap("shared texts")
     connector = NixlConnector(role, kv_pool(runner), compatibility=compatibility(config, runner, tokenizer))
     startup.lap("transfer")
-    transfer_key = derive_key(master_key, b"kv-transfer")
-    return ReplicaParts(engine, runner, tokenizer, connector, transfer_key, cores=cores, startup=startup)
+    return ReplicaParts(
+        engine,
+        runner,
+        tokenizer,
+        connector,
+        transfer_keys=keys.keyring.derive(TRANSFER_KEY_INFO),
+        grant_keys=keys.keyring.derive(GRANT_KEY_INFO),
+        cores=cores,
+        startup=startup,
+        trail=AuditTrail.open(trust.audit, _stream_name(role), keys.keyring.current),
+        metrics=metrics,
+        upkeep=Upkeep(keys, warmer, lambda key: BlockHasher(key, context), trust.policy_reload_s),
+    )
 
 
 def _pin(role: str, pool: PoolSection) -> tuple[int, ...]:
@@ -231,6 +317,14 @@ def kv_pool(runner: ModelRunner) -> KVPool:
         device_id=buffer.device.index or 0,
         owner=buffer,
     )
+
+
+def _stream_name(role: str) -> str:
+    """Of this replica's audit log; unique among those that write at the same time."""
+    try:
+        return f"{role}-{_replica_name()}"
+    except RayServeException:  # not in a Serve replica: a test, or a look at the parts alone
+        return f"{role}-{os.getpid()}"
 
 
 def _replica_name() -> str:

@@ -24,6 +24,7 @@ MAX_CALL_BYTES = 3 << 20  # of base64; the service takes bodies of 4 MiB
 MAX_FILE_BYTES = 64 << 20  # far above what any service takes; a larger file is not read at all
 RISK_STYLE = {"none": "green", "low": "green", "medium": "yellow", "high": "red", "critical": "bold red"}
 ORIGIN_NAMES = {
+    "shared": "of shared text",
     "decode_cache": "cached on decode",
     "prefill_cache": "cached on prefill",
     "prefill_computed": "computed on prefill",
@@ -50,6 +51,7 @@ class _Tally:
     num_abstained: int = 0
     num_refused: int = 0
     actions: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
     origins: Counter[str] = field(default_factory=Counter)
     pushed_bytes: int = 0
     ttfts_s: list[float] = field(default_factory=list)
@@ -96,7 +98,8 @@ def _review(files: list[EncodedFile], endpoint: Endpoint, out_dir: Path, out: Co
     )
     with Progress(*columns, console=out, transient=True) as progress:
         task = progress.add_task("claims", total=None)
-        out.print(f"prompt tokens by origin: {' / '.join(ORIGIN_NAMES.values())}", style="dim", soft_wrap=True)
+        origins = f"prompt tokens: all, and where the service says so {' / '.join(ORIGIN_NAMES.values())}"
+        out.print(origins, style="dim", soft_wrap=True)
         out.print(_line("claim", "risk", "action", "TTFT", "prompt tokens", "flags"), style="bold", soft_wrap=True)
         num_claims = 0
         for event in _events(files, endpoint):
@@ -116,7 +119,7 @@ def _review(files: list[EncodedFile], endpoint: Endpoint, out_dir: Path, out: Co
 def _events(files: list[EncodedFile], endpoint: Endpoint) -> Iterator[dict[str, Any]]:
     for batch in _batches(files):
         try:
-            yield from _call(batch, endpoint)
+            yield from submit(batch, endpoint)
         except _CallTooLarge as error:
             if len(batch) > 1:
                 for file in batch:
@@ -143,9 +146,14 @@ def _batches(files: list[EncodedFile]) -> Iterator[list[EncodedFile]]:
         yield batch
 
 
-def _call(batch: list[EncodedFile], endpoint: Endpoint) -> Iterator[dict[str, Any]]:
+def submit(files: list[EncodedFile], endpoint: Endpoint, *, plan: str | None = None) -> Iterator[dict[str, Any]]:
+    """The events of one call, as they come. `plan` None: the service's own choice.
+
+    Raises:
+        ReviewClientError: The service refused the call, does not answer, or its answer ended early.
+    """
     headers = {"Authorization": f"Bearer {endpoint.key}"}
-    body = {"stream": True, "files": batch}
+    body: dict[str, Any] = {"stream": True, "files": files} | ({} if plan is None else {"plan": plan})
     is_done = False
     try:
         with httpx.stream(
@@ -163,8 +171,10 @@ def _call(batch: list[EncodedFile], endpoint: Endpoint) -> Iterator[dict[str, An
                         raise ReviewClientError(event["error"]["message"])
                     is_done = event["type"] == "done"
                     yield event
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ReviewClientError(f"{endpoint.url} does not answer: {error}") from error
+    except ValueError:
+        raise ReviewClientError(f"{endpoint.url} answers something else than reviews") from None
     if not is_done:
         raise ReviewClientError("the answer ended early")
 
@@ -214,17 +224,19 @@ def _take_review(event: dict[str, Any], tally: _Tally, out_dir: Path, out: Conso
     review, serving = event["review"] | {"narrative_ref": f"{name}.md"}, event["serving"]
     (out_dir / f"{name}.json").write_text(json.dumps(review, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (out_dir / f"{name}.md").write_text(event["narrative_md"], encoding="utf-8")
-    origins = {key: serving["prompt_tokens_by_origin"].get(key, 0) for key in ORIGIN_NAMES}
+    by_origin = serving.get("prompt_tokens_by_origin")
+    origins = None if by_origin is None else [by_origin.get(key, 0) for key in ORIGIN_NAMES]
     tally.num_reviews += 1
     tally.num_abstained += bool(review["abstained"])
     tally.actions[review["recommended_action"]] += 1
-    tally.origins.update(origins)
-    tally.pushed_bytes += serving["pushed_bytes"]
+    tally.prompt_tokens += serving["prompt_tokens"]
+    tally.origins.update(by_origin or {})
+    tally.pushed_bytes += serving.get("pushed_bytes", 0)
     if serving["ttft_s"] is not None:
         tally.ttfts_s.append(serving["ttft_s"])
     flags = ", ".join(_flag(flag["code"], flag["lines"]) for flag in review["flags"]) or "-"
     ttft = "-" if serving["ttft_s"] is None else f"{serving['ttft_s']:.2f} s"
-    counts = "/".join(str(count) for count in origins.values())
+    counts = str(serving["prompt_tokens"]) + ("" if origins is None else f": {'/'.join(map(str, origins))}")
     risk = review["risk_category"]
     line = _line(review["claim_id"], risk, review["recommended_action"], ttft, counts, flags)
     out.print(line, style=RISK_STYLE.get(risk), markup=False, highlight=False, soft_wrap=True)
@@ -247,7 +259,7 @@ def _flag(code: str, lines: list[int]) -> str:
 
 def _line(*cells: str) -> str:
     claim, risk, action, ttft, origins, flags = cells
-    return f"{claim:<18} {risk:<9} {action:<16} {ttft:>8}  {origins:<15} {flags}"
+    return f"{claim:<18} {risk:<9} {action:<16} {ttft:>8}  {origins:<24} {flags}"
 
 
 def _print_summary(tally: _Tally, out_dir: Path, out: Console) -> None:
@@ -259,10 +271,12 @@ def _print_summary(tally: _Tally, out_dir: Path, out: Console) -> None:
     if tally.ttfts_s:
         ordered = sorted(tally.ttfts_s)
         table.add_row("TTFT median / worst", f"{ordered[len(ordered) // 2]:.2f} s / {ordered[-1]:.2f} s")
-    total = max(sum(tally.origins.values()), 1)
-    for origin, name in ORIGIN_NAMES.items():
-        count = tally.origins[origin]
-        table.add_row(f"prompt tokens {name}", f"{count} ({100 * count / total:.0f} %)")
-    table.add_row("KV pushed from prefill to decode", f"{tally.pushed_bytes / 1e6:.1f} MB")
+    table.add_row("prompt tokens", str(tally.prompt_tokens))
+    if tally.origins:  # the service tells them only where trust.report_cached_tokens says so
+        total = max(tally.origins.total(), 1)
+        for origin, name in ORIGIN_NAMES.items():
+            count = tally.origins[origin]
+            table.add_row(f"prompt tokens {name}", f"{count} ({100 * count / total:.0f} %)")
+        table.add_row("KV pushed from prefill to decode", f"{tally.pushed_bytes / 1e6:.1f} MB")
     table.add_row("written to", str(out_dir))
     out.print(table)

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import binascii
 import datetime as dt
-import hmac
 import json
 import time
 import uuid
@@ -31,10 +30,12 @@ from deployments.errors import BadRequest, BodyTooLarge
 from deployments.generation import GenerationService, TokenisedPrompt
 from deployments.metrics import IngressMetrics
 from deployments.prompts import ZonedMessage, ZonedText, tokenise_chat
+from deployments.reuse import ReuseReport
 from deployments.trust.audit.record import Value
 from deployments.trust.guard import TrustGuard
 from deployments.trust.principals import Principal
 from deployments.trust.resolve import Grant
+from deployments.trust.review_record import review_fields
 from deployments.trust.scope import CallScope
 from engine.request import SamplingParams
 from engine.tokenizer import Tokenizer
@@ -207,7 +208,7 @@ class ReviewService:
     def _reviewer(self, scope: CallScope, arithmetic: str) -> ClaimReviewer:
         config = self._config
         return ClaimReviewer(
-            ServedReviewModel(self._generation, self._tokenizer, scope),
+            ServedReviewModel(self._generation, self._tokenizer, scope, tells_reuse=config.trust.report_cached_tokens),
             identity=ModelIdentity(config.model.served_name, f"{self._weights_digest[:16]}-{arithmetic}"),
             clock=lambda: dt.datetime.now(dt.UTC),
             max_tokens=config.claims.max_tokens,
@@ -215,39 +216,29 @@ class ReviewService:
         )
 
     def _record(self, result: ReviewResult, arithmetic: str) -> dict[str, Value]:
-        """What the audit log keeps of a review: what it takes to run it again, and to tell whether it came out the
-        same. Digests of what a claim says are keyed."""
-        review, provenance = result.review, result.review["provenance"]
-        output = {name: value for name, value in review.items() if name != "created"}
-        return {
-            "review_id": review["review_id"],
-            "zone": review["zone"],
-            "outcome": review["abstained_reason"] or "answered",
-            "action": review["recommended_action"],
-            "plan": review["plan"],
-            "arithmetic": arithmetic.replace("+", "/"),
+        conditions: dict[str, Value] = {
             "model_digest": self._weights_digest,
+            "arithmetic": arithmetic,
             "schema_digest": self._schema_digest,
-            "rules_digest": provenance["rules_digest"],
-            "claim_digest": self._keyed(provenance["claim_digest"]),
-            "prompt_digest": self._keyed(provenance["prompt_digest"]),
-            "output_digest": self._keyed(canonical_sha256(output)),
             "max_tokens": self._config.claims.max_tokens,
-            "num_prompt_tokens": result.serving["prompt_tokens"],
-            "num_output_tokens": result.serving["completion_tokens"],
         }
-
-    def _keyed(self, digest: str) -> str:
-        return hmac.digest(self._content_key, digest.encode(), "sha256").hex()
+        return review_fields(result.review, result.serving, self._content_key, conditions)
 
 
 class ServedReviewModel:
     """The review model over this deployment's own generation: labelled, tokenised once, greedy."""
 
-    def __init__(self, generation: GenerationService, tokenizer: Tokenizer, scope: CallScope) -> None:
+    def __init__(
+        self, generation: GenerationService, tokenizer: Tokenizer, scope: CallScope, *, tells_reuse: bool
+    ) -> None:
+        """
+        Args:
+            tells_reuse: Whether the caller may know what of its own text was found in a cache.
+        """
         self._generation = generation
         self._tokenizer = tokenizer
         self._scope = scope
+        self._tells_reuse = tells_reuse
 
     async def generate(
         self, prompt: LabelledPrompt, *, json_schema: Mapping[str, object] | None, max_tokens: int, request_id: str
@@ -258,15 +249,17 @@ class ServedReviewModel:
             max_tokens=self._generation.token_limit(len(tokenised.token_ids), max_tokens),
             json_schema=None if json_schema is None else json.dumps(json_schema),
         )
-        (result,) = await self._generation.complete(tokenised, [sampling], arrival)
+        tenant = self._scope.principal.tenant
+        (result,) = await self._generation.complete(tokenised, [sampling], arrival, tenant=tenant)
+        report = ReuseReport.of(tokenised.zone_spans, is_told=self._tells_reuse)
         return Generation(
             text=result.text,
             finish_reason=result.finish_reason or "error",
             usage=Usage(len(tokenised.token_ids), len(result.token_ids)),
-            prompt_tokens_by_origin=result.provenance.origins,
+            prompt_tokens_by_origin=report.origins(result.provenance),
             ttft_s=result.timeline.ttft_s,
             e2e_s=result.timeline.e2e_s,
-            pushed_bytes=result.provenance.pushed_bytes,
+            pushed_bytes=report.pushed_bytes(result.provenance),
         )
 
 

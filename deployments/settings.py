@@ -43,6 +43,11 @@ def read_settings() -> Settings:
     )
 
 
+def master_key_secret() -> str | None:
+    """ZONESERVE_MASTER_KEY: master keys as their file would hold them. No part of the settings, which may be shown."""
+    return os.environ.get("ZONESERVE_MASTER_KEY") or None
+
+
 def prepare_ray_environment() -> None:
     """Set what Ray must find before it is imported: no usage reports, quiet logs, Serve's transport, this interpreter's
     tools."""

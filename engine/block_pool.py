@@ -6,26 +6,29 @@ Bookkeeping over block ids. Holds no KV and knows no requests; the caller's `scr
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import groupby
 
+from engine.cache_events import CacheEventLog, EvictionReason
 from engine.errors import IntegrityError
-from engine.zone import PUBLIC, Zone, ZoneKind
-
-_Key = TypeVar("_Key", Zone, str)
+from engine.idle_blocks import IdleBlocks
+from engine.quotas import NO_QUOTAS, Quotas
+from engine.zone import Zone, ZoneKind
 
 
 @dataclass(slots=True)
 class _Block:
     """One block. Its state follows from the fields:
 
-    quarantined: `quarantined_for` is set. used: `ref_count` > 0. idle: `digest` is set and nobody
-    uses it. free: none of these; it then holds nothing that needs scrubbing.
+    quarantined: `quarantined_for` is set. pinned: `num_pins` > 0. used: `ref_count` > 0, not pinned. idle:
+    `digest` is set and nobody uses it. free: none of these; it then holds nothing that needs scrubbing.
+    `ref_count` counts pins as well.
     """
 
     ref_count: int = 0
+    num_pins: int = 0
     generation: int = 0
     zone: Zone | None = None
     digest: bytes | None = None
@@ -37,31 +40,48 @@ class BlockPool:
     """The blocks of one KV cache.
 
     A block is free, used (by one request or, when findable, by several of its zone), idle (used by
-    nobody, still findable) or quarantined (a remote write may still land in it).
+    nobody, still findable), pinned (findable and kept, used or not) or quarantined (a remote write may still
+    land in it).
 
     Eviction: free blocks go first, lowest id first, so that tables are mostly contiguous and a transfer
-    merges neighbours. Then the least recently used idle block of the requester's own zone, then of
-    its tenant's private zones, then of any zone but public. Public blocks go last: they are evicted
-    only where the pool holds nothing else, since refusing work for a template would be worse.
+    merges neighbours. Then idle ones, least recently used first: of the requester's own zone, of its tenant's
+    other cases, of its tenant's plans, of any tenant. Nobody takes what a floor keeps, its owner neither: a
+    request waits instead, so how much of its cache a tenant finds again does not depend on its neighbours.
+    Public blocks are evicted for nobody where `Quotas.public_cap` bounds them, and after all else where not.
+    Above a cap the owner's least recently used blocks go at once.
     """
 
-    def __init__(self, num_blocks: int, scrub: Callable[[Sequence[int]], None]) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        scrub: Callable[[Sequence[int]], None],
+        *,
+        quotas: Quotas = NO_QUOTAS,
+        events: CacheEventLog | None = None,
+    ) -> None:
         """
         Args:
             scrub: Zeroes the given blocks before it returns, or before anything issued later reads them.
+            events: Where evictions and scrubs are recorded.
         """
         if num_blocks < 1:
             raise ValueError("a block pool needs at least one block")
         self.num_blocks = num_blocks
+        self.quotas = quotas
+        self.events = CacheEventLog() if events is None else events
         self.num_scrubbed = 0
         self.num_evictions = 0
+        self.num_quota_evictions = 0
         self._scrub = scrub
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._free = list(range(num_blocks))  # a heap
-        self._idle = _IdleBlocks()
+        self._idle = IdleBlocks(quotas)
         self._by_digest: dict[bytes, int] = {}
         self._quarantined: dict[str, list[int]] = {}
         self._num_quarantined = 0
+        self._num_pinned = 0
+        self._num_pinned_public = 0
+        self._num_freed = 0
 
     @property
     def num_free(self) -> int:
@@ -77,12 +97,46 @@ class BlockPool:
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - self.num_free - self.num_idle - self.num_quarantined
+        """Blocks in use and not pinned."""
+        return self.num_blocks - self.num_free - self.num_idle - self.num_quarantined - self.num_pinned
+
+    @property
+    def num_pinned(self) -> int:
+        return self._num_pinned
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` can hand out now."""
-        return self.num_free + self.num_idle
+        """Blocks that `allocate` can hand out now. It depends on no requester: nobody may go under a floor."""
+        return self.num_free + self._idle.num_evictable
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another one whenever blocks have become free or idle."""
+        return self._num_freed, self._idle.num_added
+
+    def num_dependable(self, pinned_besides: Collection[int] = ()) -> int:
+        """Blocks that are available whenever no request holds any and none are in quarantine.
+
+        Args:
+            pinned_besides: Findable blocks to be counted as pinned.
+        """
+        new = [block_id for block_id in pinned_besides if not self.is_pinned(block_id)]
+        num_new_public = sum(self._is_public(block_id) for block_id in new)
+        num_public = max(self.quotas.public_cap or 0, self._num_pinned_public + num_new_public)
+        num_others = self._num_pinned - self._num_pinned_public + len(new) - num_new_public
+        return self.num_blocks - num_public - num_others - self.quotas.num_floor_blocks
+
+    def num_available_after(self, revived: Sequence[int], freed: Iterable[int]) -> int:
+        """`num_available` once the idle ones of `revived` are in use and then the last users of `freed` left."""
+        gone = Counter(self._zone_of(block_id) for block_id in revived if self.is_idle(block_id))
+        num_freed, idle = 0, Counter[Zone]()
+        for block_id in freed:
+            if self._blocks[block_id].digest is None:
+                num_freed += 1
+            else:
+                idle[self._zone_of(block_id)] += 1
+        num_evictable, num_capped = self._idle.foresee(gone, idle, self._public_cap)
+        return self.num_free + num_freed + num_capped + num_evictable
 
     def zone(self, block_id: int) -> Zone | None:
         """Owner zone; None for a block that was never used or is clean again."""
@@ -96,17 +150,25 @@ class BlockPool:
         return self._blocks[block_id].ref_count
 
     def is_idle(self, block_id: int) -> bool:
-        return block_id in self._idle
+        block = self._blocks[block_id]
+        return block.digest is not None and block.ref_count == 0
 
     def idle_zones(self) -> list[Zone]:
         """Zones that have idle blocks."""
         return self._idle.zones()
 
-    def allocate(self, zones: Sequence[Zone], requester: Zone) -> list[int] | None:
+    def has_idle(self, zone: Zone) -> bool:
+        return self._idle.has_zone(zone)
+
+    def allocate(
+        self, zones: Sequence[Zone], requester: Zone, *, tenant: str = "", request_id: str = ""
+    ) -> list[int] | None:
         """Take one block for each of `zones`, the owner zones in table order.
 
         Args:
             requester: Zone on whose behalf idle blocks are evicted.
+            tenant: Its tenant, where the zone names none.
+            request_id: For the record of evictions.
 
         Returns:
             The ids, each with reference count 1 and a new generation; None when fewer are
@@ -114,7 +176,7 @@ class BlockPool:
         """
         if len(zones) > self.num_available:
             return None
-        self._evict(len(zones) - len(self._free), requester)
+        self._evict(len(zones) - len(self._free), requester, tenant or requester.tenant, request_id)
         block_ids = [heapq.heappop(self._free) for _ in zones]
         for block_id, zone in zip(block_ids, zones, strict=True):
             block = self._blocks[block_id]
@@ -135,21 +197,25 @@ class BlockPool:
             raise IntegrityError(f"block {block_id} of zone {self._blocks[block_id].zone} found from {zone}")
         return block_id
 
-    def acquire(self, block_id: int) -> None:
-        """One more user of a findable block.
+    def acquire(self, block_ids: Sequence[int]) -> None:
+        """One more user of each of these findable blocks.
 
         Raises:
-            IntegrityError: The block is not findable, so nobody may share it.
+            IntegrityError: A block is not findable, so nobody may share it; nothing has changed.
         """
-        block = self._blocks[block_id]
-        if block.digest is None:
-            raise IntegrityError(f"block {block_id} is not findable and cannot be shared")
-        if block.ref_count == 0:
-            self._idle.remove(block_id, self._zone_of(block_id))
-        block.ref_count += 1
+        for block_id in block_ids:
+            if self._blocks[block_id].digest is None:
+                raise IntegrityError(f"block {block_id} is not findable and cannot be shared")
+        for zone, idle in groupby(filter(self.is_idle, block_ids), self._zone_of):
+            self._idle.remove(idle, zone)
+        for block_id in block_ids:
+            self._blocks[block_id].ref_count += 1
 
-    def publish(self, block_id: int, digest: bytes) -> None:
+    def publish(self, block_id: int, digest: bytes) -> bool:
         """Make a used, full block findable. Where its content already is, the earlier block stays.
+
+        Returns:
+            True where the block was not findable before.
 
         Raises:
             IntegrityError: The block is not in use, is published otherwise, or its zone is not cacheable.
@@ -159,9 +225,11 @@ class BlockPool:
             raise IntegrityError(f"block {block_id} cannot be published in its state")
         if not self._zone_of(block_id).is_cacheable:
             raise IntegrityError(f"block {block_id} of zone {block.zone} must not become findable")
-        if self.find(digest, self._zone_of(block_id)) is None:
-            self._by_digest[digest] = block_id
-            block.digest = digest
+        if self.find(digest, self._zone_of(block_id)) is not None:
+            return False
+        self._by_digest[digest] = block_id
+        block.digest = digest
+        return True
 
     def release(self, block_ids: Sequence[int]) -> None:
         """One user less of each. The last user leaves a findable block idle; any other becomes free.
@@ -171,17 +239,58 @@ class BlockPool:
         Raises:
             IntegrityError: A block is not in use.
         """
-        unused = []
+        unused: list[int] = []
+        idle: list[int] = []
         for block_id in reversed(block_ids):
             block = self._blocks[block_id]
-            if block.ref_count < 1:
+            if block.ref_count <= block.num_pins:
                 raise IntegrityError(f"block {block_id} was freed twice")
             block.ref_count -= 1
-            if block.ref_count == 0 and block.digest is not None:
-                self._idle.add(block_id, self._zone_of(block_id))
-            elif block.ref_count == 0:
-                unused.append(block_id)
+            if block.ref_count == 0:
+                (unused if block.digest is None else idle).append(block_id)
+        runs = [(zone, list(run)) for zone, run in groupby(idle, self._zone_of)]
+        for zone, run in runs:
+            self._idle.add(run, zone)
         self._clean(unused)
+        self._apply_caps([zone for zone, _ in runs])
+
+    def pin(self, block_ids: Sequence[int]) -> None:
+        """Keep findable blocks until `unpin`, once for each call that names them.
+
+        Raises:
+            IntegrityError: A block is not findable.
+        """
+        self.acquire(block_ids)
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            block.num_pins += 1
+            if block.num_pins == 1:
+                self._count_pinned(block_id, 1)
+        self._apply_caps(self._count_zones(block_ids))
+
+    def unpin(self, block_ids: Sequence[int]) -> int:
+        """End a pin. A block that nobody uses then is dropped from the index and freed; any other stays findable.
+
+        Returns:
+            How many blocks were freed.
+
+        Raises:
+            IntegrityError: A block is not pinned.
+        """
+        unused = []
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if block.num_pins < 1:
+                raise IntegrityError(f"block {block_id} is not pinned")
+            block.num_pins -= 1
+            block.ref_count -= 1
+            if block.num_pins == 0:
+                self._count_pinned(block_id, -1)
+            if block.ref_count == 0:
+                unused.append(block_id)
+        self._drop([block_id for block_id in unused if self._blocks[block_id].digest is not None], "unpin")
+        self._clean(unused)
+        return len(unused)
 
     def quarantine(self, block_ids: Sequence[int], owner: str) -> None:
         """Take blocks that a remote write may still reach out of use until `release_quarantine(owner)`.
@@ -214,30 +323,31 @@ class BlockPool:
         self._clean(block_ids)
         return len(block_ids)
 
+    def is_pinned(self, block_id: int) -> bool:
+        return self._blocks[block_id].num_pins > 0
+
+    def of_zone(self, zone: Zone) -> list[int]:
+        """Every block that holds something of `zone`, in quarantine or not. Linear in the pool."""
+        return [block_id for block_id, block in enumerate(self._blocks) if block.zone == zone]
+
     def purge(self, zone: Zone) -> int:
         """Make nothing of `zone` findable: idle blocks are scrubbed and freed, used ones when released.
 
         Returns:
             How many blocks were findable.
         """
-        num_dropped = 0
-        for block_id, block in enumerate(self._blocks):
-            if block.zone != zone:
-                continue
-            block.needs_scrub = True
-            if block.digest is not None and block.ref_count > 0:
-                self._forget(block_id)
-                num_dropped += 1
-        return num_dropped + self.drop_idle(zone)
-
-    def drop_idle(self, zone: Zone) -> int:
-        """Free all idle blocks of `zone`. Returns how many."""
-        block_ids = self._idle.of_zone(zone)
+        block_ids = self.of_zone(zone)
         for block_id in block_ids:
-            self._idle.remove(block_id, zone)
-            self._forget(block_id)
-        self._clean(block_ids)
-        return len(block_ids)
+            self._blocks[block_id].needs_scrub = True
+        return self._withdraw(block_ids, "purge")
+
+    def drop_all(self, reason: EvictionReason) -> int:
+        """Make nothing findable: idle blocks are freed, used ones when released. Returns how many."""
+        return self._withdraw(range(self.num_blocks), reason)
+
+    def drop_idle(self, zone: Zone, reason: EvictionReason) -> int:
+        """Free all idle blocks of `zone`. Returns how many."""
+        return self._withdraw(self._idle.of_zone(zone), reason)
 
     def check(self) -> None:
         """Every block is in exactly one state, and the index, the idle order and the counts agree.
@@ -249,12 +359,15 @@ class BlockPool:
         quarantined = {block_id for block_ids in self._quarantined.values() for block_id in block_ids}
         _require(len(free) == len(self._free), "a block is free twice")
         _require(len(quarantined) == self._num_quarantined, "quarantine is miscounted")
+        idle = {}
         for block_id, block in enumerate(self._blocks):
-            is_idle = block_id in self._idle
+            is_idle = self.is_idle(block_id)
+            if is_idle:
+                idle[block_id] = self._zone_of(block_id)
             states = (block_id in free, block_id in quarantined, is_idle, block.ref_count > 0)
             _require(sum(states) == 1, f"block {block_id} is in {sum(states)} states")
             _require((block.quarantined_for is not None) == (block_id in quarantined), "quarantine differs")
-            _require(not is_idle or block.digest is not None, f"idle block {block_id} is not findable")
+            _require(0 <= block.num_pins <= block.ref_count, f"block {block_id} is pinned and not in use")
             if block.digest is not None:
                 _require(self._by_digest.get(block.digest) == block_id, f"block {block_id} is not in the index")
                 _require(self._zone_of(block_id).is_cacheable, f"block {block_id} must not be findable")
@@ -262,105 +375,87 @@ class BlockPool:
                 _require(not block.needs_scrub, f"block {block_id} is free and dirty")
         num_findable = sum(block.digest is not None for block in self._blocks)
         _require(num_findable == len(self._by_digest), "the index names a block that is not findable")
-        self._idle.check()
+        self._idle.check(idle)
+        pinned = [block for block in self._blocks if block.num_pins]
+        num_public = sum(block.zone is not None and block.zone.kind is ZoneKind.PUBLIC for block in pinned)
+        _require((self._num_pinned, self._num_pinned_public) == (len(pinned), num_public), "pins are miscounted")
+        over_cap = next(self._idle.over_cap(self._idle.zones(), self._public_cap), None)
+        _require(over_cap is None, f"more is idle than a cap allows: {over_cap}")
 
-    def _evict(self, count: int, requester: Zone) -> None:
-        victims = []
-        for _ in range(count):
-            block_id = self._idle.victim(requester)
-            self._idle.remove(block_id, self._zone_of(block_id))
-            self._forget(block_id)
-            victims.append(block_id)
+    @property
+    def _public_cap(self) -> int | None:
+        """Idle public blocks that may stay: pinned ones count among those that `Quotas.public_cap` bounds."""
+        cap = self.quotas.public_cap
+        return None if cap is None else max(0, cap - self._num_pinned_public)
+
+    def _evict(self, count: int, requester: Zone, tenant: str, request_id: str) -> None:
+        victims = self._idle.take(count, requester, tenant)
         self.num_evictions += len(victims)
+        self._drop(victims, "demand", request_id=request_id, requester=requester)
         self._clean(victims)
+
+    def _apply_caps(self, zones: Collection[Zone]) -> None:
+        victims = []
+        for block_id, zone in self._idle.over_cap(zones, self._public_cap):
+            self._idle.remove([block_id], zone)
+            victims.append(block_id)
+        self.num_quota_evictions += len(victims)
+        self._drop(victims, "cap")
+        self._clean(victims)
+
+    def _withdraw(self, block_ids: Iterable[int], reason: EvictionReason) -> int:
+        """Make blocks unfindable, and free those that nobody uses. Returns how many were findable."""
+        findable = [block_id for block_id in block_ids if self._blocks[block_id].digest is not None]
+        idle = [block_id for block_id in findable if self.is_idle(block_id)]
+        for zone, run in groupby(idle, self._zone_of):
+            self._idle.remove(run, zone)
+        self._drop(findable, reason)
+        self._clean(idle)
+        return len(findable)
+
+    def _drop(
+        self, block_ids: Sequence[int], reason: EvictionReason, *, request_id: str = "", requester: Zone | None = None
+    ) -> None:
+        """Take findable blocks out of the index."""
+        for block_id in block_ids:
+            digest = self._blocks[block_id].digest
+            if digest is None or self._by_digest.pop(digest, None) != block_id:
+                raise IntegrityError(f"block {block_id} is not in the index")
+            self._blocks[block_id].digest = None
+        for zone, count in self._count_zones(block_ids).items():
+            self.events.record("evict", zone, count, reason=reason, request_id=request_id, requester=requester)
+
+    def _count_pinned(self, block_id: int, change: int) -> None:
+        self._num_pinned += change
+        self._num_pinned_public += change * self._is_public(block_id)
+
+    def _is_public(self, block_id: int) -> bool:
+        return self._zone_of(block_id).kind is ZoneKind.PUBLIC
+
+    def _count_zones(self, block_ids: Iterable[int]) -> Mapping[Zone, int]:
+        return Counter(self._zone_of(block_id) for block_id in block_ids)
 
     def _clean(self, block_ids: Iterable[int]) -> None:
         """Scrub what needs it, in one call, then hand the blocks to the free list."""
         block_ids = sorted(block_ids)
+        self._num_freed += len(block_ids)
         dirty = [block_id for block_id in block_ids if self._blocks[block_id].needs_scrub]
         if dirty:
             self._scrub(dirty)
             self.num_scrubbed += len(dirty)
+            for zone, count in self._count_zones(dirty).items():
+                self.events.record("scrub", zone, count)
         for block_id in block_ids:
             block = self._blocks[block_id]
             block.zone = None
             block.needs_scrub = False
             heapq.heappush(self._free, block_id)
 
-    def _forget(self, block_id: int) -> None:
-        digest = self._blocks[block_id].digest
-        if digest is None or self._by_digest.pop(digest, None) != block_id:
-            raise IntegrityError(f"block {block_id} is not in the index")
-        self._blocks[block_id].digest = None
-
     def _zone_of(self, block_id: int) -> Zone:
         zone = self._blocks[block_id].zone
         if zone is None:
             raise IntegrityError(f"block {block_id} has no owner zone")
         return zone
-
-
-class _IdleBlocks:
-    """Idle blocks, least recently used first, in the orders in which a victim is sought. All O(1)."""
-
-    def __init__(self) -> None:
-        self._by_zone: defaultdict[Zone, OrderedDict[int, None]] = defaultdict(OrderedDict)
-        self._private_by_tenant: defaultdict[str, OrderedDict[int, None]] = defaultdict(OrderedDict)
-        self._not_public: OrderedDict[int, None] = OrderedDict()
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __contains__(self, block_id: int) -> bool:
-        return block_id in self._not_public or block_id in self._by_zone.get(PUBLIC, ())
-
-    def add(self, block_id: int, zone: Zone) -> None:
-        self._count += 1
-        self._by_zone[zone][block_id] = None
-        if zone.kind is not ZoneKind.PUBLIC:
-            self._not_public[block_id] = None
-        if zone.is_scrubbed:
-            self._private_by_tenant[zone.tenant][block_id] = None
-
-    def remove(self, block_id: int, zone: Zone) -> None:
-        self._count -= 1
-        _discard(self._by_zone, zone, block_id)
-        self._not_public.pop(block_id, None)
-        if zone.is_scrubbed:
-            _discard(self._private_by_tenant, zone.tenant, block_id)
-
-    def zones(self) -> list[Zone]:
-        return list(self._by_zone)
-
-    def of_zone(self, zone: Zone) -> list[int]:
-        return list(self._by_zone.get(zone, ()))
-
-    def victim(self, requester: Zone) -> int:
-        """The block to evict for `requester`; there must be one."""
-        orders = (
-            self._by_zone.get(requester) if requester.kind is not ZoneKind.PUBLIC else None,
-            self._private_by_tenant.get(requester.tenant),
-            self._not_public,
-            self._by_zone.get(PUBLIC),
-        )
-        return next(next(iter(order)) for order in orders if order)
-
-    def check(self) -> None:
-        by_zone = [block_id for order in self._by_zone.values() for block_id in order]
-        _require(len(by_zone) == len(set(by_zone)) == self._count, "idle blocks are miscounted")
-        num_public = len(self._by_zone.get(PUBLIC, ()))
-        _require(len(self._not_public) + num_public == self._count, "an idle order has lost a block")
-        _require(all(self._by_zone.values()), "an empty idle order was kept")
-        _require(all(self._private_by_tenant.values()), "an empty idle order was kept")
-
-
-def _discard(orders: dict[_Key, OrderedDict[int, None]], key: _Key, block_id: int) -> None:
-    """Remove a block from one order, and the order with its last block."""
-    order = orders[key]
-    del order[block_id]
-    if not order:
-        del orders[key]
 
 
 def _require(condition: bool, message: str) -> None:

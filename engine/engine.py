@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from engine.block_hash import BlockHasher
 from engine.block_pool import BlockPool
+from engine.cache_events import CacheEvent
 from engine.detokenizer import Detokenizer
+from engine.epoch_floors import MAX_EPOCH
 from engine.errors import EngineError, IntegrityError, RequestError, RequestStateError
-from engine.kv_cache_manager import KVCacheManager
+from engine.kv_cache_manager import KVCacheManager, PurgeCount
+from engine.quotas import NO_QUOTAS, Quotas
 from engine.request import FinishReason, Request, RequestStatus
 from engine.sampler import SampledToken, Sampler
 from engine.scheduler import ScheduledChunk, Scheduler, SchedulerConfig
@@ -74,7 +77,10 @@ class RequestOutput:
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counts: requests, blocks and `pending_tokens` (known but not computed, waiting or running) as they
-    are now, the others since the start. `prefix_cache_queries` and `_hits` are prompt tokens."""
+    are now, the others since the start. Each block is in one of the `blocks_` counts; a pinned one is no used
+    one. `prefix_cache_queries` and `_hits` are prompt tokens. `evictions`: on demand; `quota_evictions`: above a
+    cap. `stale_epochs`: requests that were labelled before a purge. `lost_cache_events`: see `CacheEventLog`.
+    """
 
     running: int
     waiting: int
@@ -95,6 +101,10 @@ class EngineStats:
     scrubbed_blocks: int
     evictions: int
     expired_blocks: int
+    blocks_pinned: int = 0
+    quota_evictions: int = 0
+    stale_epochs: int = 0
+    lost_cache_events: int = 0
 
 
 class Engine:
@@ -113,6 +123,7 @@ class Engine:
         num_blocks: int,
         clock: Callable[[], float] = time.monotonic,
         case_idle_ttl_s: float = 900.0,
+        quotas: Quotas = NO_QUOTAS,
     ) -> None:
         """
         Args:
@@ -121,7 +132,7 @@ class Engine:
             case_idle_ttl_s: How long a case's blocks stay findable after its last use.
 
         Raises:
-            ValueError: The runner has fewer blocks.
+            ValueError: The runner has fewer blocks, or the quotas would leave the longest request too few.
         """
         if num_blocks > runner.num_blocks:
             raise ValueError(f"the runner has {runner.num_blocks} blocks, not {num_blocks}")
@@ -129,11 +140,17 @@ class Engine:
         self._runner = runner
         self._tokenizer = tokenizer
         self._clock = clock
-        self._pool = BlockPool(num_blocks, runner.scrub)
+        self._pool = BlockPool(num_blocks, runner.scrub, quotas=quotas)
         self._cache = KVCacheManager(
             self._pool, hasher, runner.layout.block_size, clock=clock, case_idle_ttl_s=case_idle_ttl_s
         )
         self._scheduler = Scheduler(config, self._cache)
+        num_left, num_longest = self._pool.num_dependable(), self._scheduler.num_longest_blocks
+        if num_left < num_longest:
+            raise ValueError(
+                f"floors and the public cap leave {num_left} of {num_blocks} blocks; a request of "
+                f"{config.max_model_len} tokens, the longest, needs {num_longest}"
+            )
         self._sampler = Sampler(tokenizer, runner.row_chooser)
         self._detokenizers: dict[str, Detokenizer] = {}
         self._num_steps = 0
@@ -144,7 +161,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True where a step may compute something. False too while the queue waits for blocks or seats that
-        only a call from outside can free (`release`, `release_quarantine`, the end of a handoff)."""
+        only a call from outside can free (`release`, `release_quarantine`, `expire`, the end of a handoff)."""
         return self._scheduler.has_work
 
     def step(self) -> list[RequestOutput]:
@@ -300,23 +317,75 @@ class Engine:
         """
         self._scheduler.release(request_id)
 
-    def purge(self, zone_path: str) -> int:
-        """Make nothing of a zone findable, now or by a request that is live now; scrub what is idle.
+    def pin(self, request_id: str) -> int:
+        """Keep the prefix that a prefill-only request has computed: it ends, its other blocks are freed, and what
+        is findable of it is not evicted before `unpin(request_id)`, a purge or `rekey`.
+
+        Returns:
+            How many blocks are pinned under this name. 0 where nothing is findable, as after a purge, and then the
+            name is not pinned. Blocks from the first one of a case on are never pinned.
+
+        Raises:
+            RequestStateError: It is not a prefill-only request whose prompt is computed and that holds its blocks.
+            PinRefused: The longest request could not be sure of room besides, or too many names are pinned;
+                nothing has changed, and the request waits for `release`.
+        """
+        return self._scheduler.pin(request_id)
+
+    def unpin(self, request_id: str) -> int:
+        """End a pin. Idempotent. What nobody else uses or pins is dropped from the index, scrubbed if its zone
+        is, and freed; what a request uses stays findable.
+
+        Returns:
+            How many blocks were freed.
+        """
+        return self._cache.unpin(request_id)
+
+    def pinned(self) -> tuple[str, ...]:
+        """Names that are pinned, oldest first."""
+        return self._cache.pinned()
+
+    def purge(self, zone_path: str, epoch: int) -> PurgeCount:
+        """Make nothing of a zone findable, now, by a request that is live now, or by one of an earlier epoch.
+
+        Raises the zone's floor to `epoch`; it is never lowered, and the same epoch purges again. A request with a
+        lower epoch is served, but from the zone's first block on it finds and publishes nothing; one with a higher
+        epoch raises the floor and purges. What is idle or pinned is scrubbed at once, whatever the zone; what is
+        used or in quarantine, when it is given back. A pinned prefix that holds a block of the zone is unpinned.
 
         Blocks of other zones that follow a purged one stay in the index, where nothing leads to them
         unless the same tokens are computed again in the same zone and epoch.
 
-        Returns:
-            How many blocks were findable.
+        Where floors of `MAX_EPOCH_FLOORS` zones are kept, the floor of every zone rises to the highest of them and
+        the whole index is dropped: zones below it are served without a cache from then on.
 
         Raises:
-            RequestError: Not a zone path.
+            RequestError: Not a zone path, or an epoch outside [0, 2**63).
         """
         try:
             zone = Zone.parse(zone_path)
         except ValueError as error:
             raise RequestError(str(error)) from None
-        return self._scheduler.purge(zone)
+        if not 0 <= epoch <= MAX_EPOCH:
+            raise RequestError("an epoch lies outside [0, 2**63)")
+        return self._scheduler.purge(zone, epoch)
+
+    def epoch_floor(self, zone: Zone) -> int:
+        """The least epoch with which a request finds or publishes blocks of the zone."""
+        return self._cache.epoch_floor(zone)
+
+    def rekey(self, hasher: BlockHasher) -> int:
+        """Use another hasher from now on. All that is findable is dropped, pins too; requests that are live
+        publish nothing.
+
+        Returns:
+            How many blocks were findable.
+        """
+        return self._scheduler.rekey(hasher)
+
+    def take_cache_events(self) -> list[CacheEvent]:
+        """What the cache did since the last call, for the audit log; bounded by `MAX_CACHE_EVENTS`."""
+        return self._pool.events.take()
 
     def warm_up(self) -> None:
         """Do now what the first request with a JSON schema would wait for."""
@@ -348,6 +417,10 @@ class Engine:
             scrubbed_blocks=pool.num_scrubbed,
             evictions=pool.num_evictions,
             expired_blocks=self._num_expired,
+            blocks_pinned=pool.num_pinned,
+            quota_evictions=pool.num_quota_evictions,
+            stale_epochs=cache.num_stale_epochs,
+            lost_cache_events=pool.events.num_lost,
         )
 
     def check(self) -> None:
@@ -456,6 +529,7 @@ class Engine:
         self._scheduler.validate(request)
         self._check_tokens(request.prompt_token_ids)
         self._check_tokens(request.output_token_ids)
+        self._scheduler.observe_epochs(request)
         self._sampler.add(request)
         detokenizer = Detokenizer(self._tokenizer, request.sampling.stop, min_tokens=request.sampling.min_tokens)
         for token_id in request.output_token_ids:

@@ -5,6 +5,7 @@ EngineError
 ├── RequestError          a request that can never be served as asked (prompt too long, bad parameter)
 │   └── GrammarError      a JSON schema that cannot be compiled
 ├── QueueFullError        the waiting queue is at its limit; the same request may succeed later
+├── PinRefused            a prefix that may not be pinned beside those that are
 ├── RequestStateError     a call that the request's present state does not allow
 ├── NativeUnavailable     the native backend cannot run this model here; the torch backend can
 └── IntegrityError        an internal invariant does not hold; the engine must not go on
@@ -29,6 +30,10 @@ class GrammarError(RequestError):
 
 class QueueFullError(EngineError):
     """The waiting queue is at its limit. The caller may try again: a 429 or 503 at the edge."""
+
+
+class PinRefused(EngineError):
+    """Pinning this prefix would leave too little room for requests, or too many are pinned."""
 
 
 class RequestStateError(EngineError):

@@ -92,6 +92,7 @@ class Request:
 
     The caller sets the fields down to `output_token_ids`; the engine keeps the rest.
     `epoch`: that of the request's own zone; a wider zone's epoch stands on its spans.
+    `tenant`: on whose behalf blocks are evicted, where the request's own zone does not say.
     `priority`: smaller runs first; arrival order breaks ties.
     `is_prefill_only`: computes the prompt, samples one token, then holds its blocks for a push.
     `output_token_ids`: not empty at the start where another engine began the answer.
@@ -101,7 +102,7 @@ class Request:
     `num_recomputed_tokens`: tokens computed again after a preemption or a failed handoff.
     `num_attributed_tokens`: leading tokens whose origin is already counted.
     `num_lost_tokens`: leading tokens whose KV existed, or was promised, and was lost.
-    `num_publishable_blocks`: leading blocks that may become findable; a purge lowers it.
+    `num_shareable_blocks`: leading blocks that may be found or become findable; a purge lowers it.
     `block_digests`: of the leading full blocks in cacheable zones, extended as they fill.
     """
 
@@ -110,6 +111,7 @@ class Request:
     sampling: SamplingParams
     zone_spans: tuple[ZoneSpan, ...] = ()
     epoch: int = 0
+    tenant: str = ""
     priority: int = 0
     is_prefill_only: bool = False
     output_token_ids: list[int] = field(default_factory=list)
@@ -122,7 +124,7 @@ class Request:
     num_attributed_tokens: int = 0
     num_lost_tokens: int = 0
     num_preemptions: int = 0
-    num_publishable_blocks: int = sys.maxsize
+    num_shareable_blocks: int = sys.maxsize
     block_digests: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -165,6 +167,15 @@ class Request:
         if zone == self.zone:
             return self.epoch
         return max((span.epoch for span in self.zone_spans if span.zone == zone), default=0)
+
+    def first_block_of(self, zone: Zone, block_size: int) -> int | None:
+        """Index of the first block that holds a token labelled `zone`; None where no span is."""
+        start = 0
+        for span in self.zone_spans:
+            if span.zone == zone:
+                return start // block_size
+            start = span.end
+        return None
 
     def _zone_of_token(self, index: int) -> Zone:
         """Prompt tokens past the last span carry no label: from there on everything is ephemeral."""

@@ -12,8 +12,10 @@ from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engine.errors import IntegrityError, QueueFullError, RequestError, RequestStateError
-from engine.kv_cache_manager import KVCacheManager
+from engine.block_hash import BlockHasher
+from engine.epoch_floors import MAX_EPOCH
+from engine.errors import IntegrityError, PinRefused, QueueFullError, RequestError, RequestStateError
+from engine.kv_cache_manager import KVCacheManager, PurgeCount
 from engine.request import Request, RequestStatus
 from engine.zone import Zone
 
@@ -142,8 +144,8 @@ class Scheduler:
     def validate(self, request: Request) -> None:
         """
         Raises:
-            RequestError: The id is live, the sequence is too long for the model or the whole pool, or
-                the request is not a new one.
+            RequestError: The id is live, the sequence is too long for the model or the whole pool, the
+                request is not a new one, a label is another tenant's, or an epoch is out of range.
         """
         limit = self.config.max_model_len
         num_tokens, capacity = request.num_tokens, self._cache.pool.num_blocks * self._cache.block_size
@@ -157,6 +159,10 @@ class Scheduler:
             raise RequestError(f"{num_tokens} tokens exceed the KV cache, which holds {capacity}")
         if len(request.output_token_ids) >= request.sampling.max_tokens:
             raise RequestError(f"request {request.request_id} has all its {request.sampling.max_tokens} tokens")
+        if request.tenant and any(span.zone.tenant not in ("", request.tenant) for span in request.zone_spans):
+            raise RequestError(f"request {request.request_id} has a label of another tenant than its own")
+        if not all(0 <= epoch <= MAX_EPOCH for epoch in (request.epoch, *(span.epoch for span in request.zone_spans))):
+            raise RequestError(f"request {request.request_id} has an epoch outside [0, 2**63)")
 
     def reserve(self, request: Request) -> bool:
         """Seat a request whose prompt a remote prefill will write: WAITING -> RESERVED.
@@ -276,9 +282,42 @@ class Scheduler:
         self._cache.free(request)
         self._end(request)
 
-    def purge(self, zone: Zone) -> int:
-        """Drop what is findable of `zone`; no live request makes it findable again. Returns how many blocks."""
-        return self._cache.purge(zone, self._requests.values())
+    def pin(self, request_id: str) -> int:
+        """A prefill-only request ends, and its findable blocks stay: HELD -> FINISHED. Returns how many.
+
+        Raises:
+            RequestStateError: The request is not HELD.
+            PinRefused: The longest request could find too little room besides, or see `KVCacheManager.pin`;
+                then nothing has changed.
+        """
+        request = self._requests.get(request_id)
+        if request is None or request.status is not RequestStatus.HELD:
+            raise RequestStateError(f"request {request_id} is not HELD")
+        num_left = self._cache.num_dependable_with(request)
+        if num_left < self.num_longest_blocks:
+            raise PinRefused(f"{num_left} blocks would be left for requests, which need {self.num_longest_blocks}")
+        num_pinned = self._cache.pin(request)
+        del self._held[request_id]
+        self._end(request)
+        return num_pinned
+
+    @property
+    def num_longest_blocks(self) -> int:
+        """Blocks of the longest request that is served."""
+        num_blocks = self._cache.num_blocks_for(self.config.max_model_len)
+        return min(num_blocks, self._cache.pool.num_blocks)
+
+    def observe_epochs(self, request: Request) -> None:
+        """Before a new request is admitted: see `KVCacheManager.observe_epochs`."""
+        self._cache.observe_epochs(request, self._requests.values())
+
+    def purge(self, zone: Zone, epoch: int) -> PurgeCount:
+        """Drop what is findable of `zone`; no live request makes it findable again."""
+        return self._cache.purge(zone, epoch, self._requests.values())
+
+    def rekey(self, hasher: BlockHasher) -> int:
+        """Drop all that is findable; live requests make nothing findable. Returns how many blocks."""
+        return self._cache.rekey(hasher, self._requests.values())
 
     def check(self) -> None:
         """Every live request is in the one place that its state says.
@@ -368,10 +407,11 @@ class Scheduler:
         headroom = self._headroom(request, self._num_growing() - len(victims))
         if not victims or not self._cache.fits(request, request.num_tokens, headroom=headroom, without=victims):
             return False
-        for victim in victims:
-            self._preempt(victim, plan)
-            if self._admit(request):
-                return True
+        with self._cache.holding_prefix(request):
+            for victim in victims:
+                self._preempt(victim, plan)
+                if self._admit(request):
+                    return True
         raise IntegrityError(f"{request.request_id}: the room that was foreseen is not there")
 
     def _victims(self) -> Iterator[Request]:
@@ -405,6 +445,7 @@ class Scheduler:
         self._num_arrived += 1
         request.arrival = self._num_arrived
         self._requests[request.request_id] = request
+        self._cache.count_stale_epochs(request)
 
     def _end(self, request: Request) -> None:
         request.transition(RequestStatus.FINISHED)
@@ -435,7 +476,7 @@ class Scheduler:
     def _admission_state(self) -> tuple[object, ...]:
         """All that decides whether the head of the queue is admitted while nothing runs."""
         head = self._waiting[0] if self._waiting else None
-        return head, self._cache.pool.num_available, len(self._reserved)
+        return head, self._cache.pool.version, len(self._reserved)
 
 
 class _Plan:

@@ -9,8 +9,8 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -32,12 +32,13 @@ DRAIN_S = 60.0  # an answer that takes longer after the last arrival counts as f
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request of a plan. `at_s`: after the plan's start."""
+    """One request of a plan. `at_s`: after the plan's start. `headers`: of a caller other than the server's first."""
 
     at_s: float
     kind: str
     path: str
     body: dict[str, Any]
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ async def _send(client: httpx.AsyncClient, arrival: Arrival, started: float, dea
     await asyncio.sleep(due - time.perf_counter())
     try:
         async with asyncio.timeout(deadline - time.perf_counter()):
-            async with client.stream("POST", arrival.path, json=arrival.body) as response:
+            async with client.stream("POST", arrival.path, json=arrival.body, headers=arrival.headers) as response:
                 if response.status_code != httpx.codes.OK:
                     return [Answer(arrival.kind, fault=f"status {response.status_code}")]
                 if arrival.kind == "review":

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from deployments.config import BUNDLED, ZoneserveConfig, parse_config
 from deployments.messages import GenerateCall, TokenEvent
+from deployments.trust.keyring import read_keyring
 from deployments.trust.policy import DEFAULT_POLICY
+from deployments.trust.upkeep import GRANT_KEY_INFO
+from deployments.trust.zone_grant import GrantSealer
 from engine.request import SamplingParams
 from engine.zone import Zone, ZoneSpan
 
@@ -62,14 +65,17 @@ class Deployment:
         return dict(stats)
 
     def generate(self, prompt: Sequence[int], *, zone: str = "ephemeral", **sampling: Any) -> list[TokenEvent]:
-        """All events of one sequence, straight from a decode replica."""
+        """All events of one sequence, straight from a decode replica, with a grant as the ingress seals it."""
         call = GenerateCall(
             request_id=f"test-{secrets.token_hex(8)}",
             prompt_token_ids=tuple(prompt),
             sampling=SamplingParams(**sampling),
             zone_spans=(ZoneSpan(len(prompt), Zone.parse(zone)),),
             timeout_s=120.0,
+            tenant=Zone.parse(zone).tenant,
         )
+        grants = GrantSealer(read_keyring(self.config.trust.master_key_file).derive(GRANT_KEY_INFO))
+        call = replace(call, grant=grants.seal(call))
         return list(self.handle("decode").options(stream=True).generate.remote(call))
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> float:
@@ -137,8 +143,8 @@ def start_deployment(model_path: Path, folder: Path) -> Iterator[Deployment]:
     document = yaml.safe_load((BUNDLED / "local.yaml").read_text())
     document["model"] |= {"name": str(model_path), "dtype": "float32", "max_model_len": 4096}
     document["engine"] |= {"max_num_batched_tokens": 128, "max_prefill_chunk": 128}
-    document["prefill"] |= {"num_blocks": 320}
-    document["decode"] |= {"num_blocks": 320}
+    document["prefill"] |= {"num_blocks": 400}
+    document["decode"] |= {"num_blocks": 400}
     document["claims"] |= {"max_claims_per_call": 100}
     document["ingress"] |= {"port": _free_port()}
     document["routing"] |= {"reserve_timeout_s": 20, "request_timeout_s": 120}
@@ -146,6 +152,9 @@ def start_deployment(model_path: Path, folder: Path) -> Iterator[Deployment]:
         "keys_file": str(folder / "keys.yaml"),
         "master_key_file": str(folder / "master.key"),
         "create_missing": True,
+        "state_dir": str(folder / "state"),
+        "quotas": {"public_cap": 0.1},
+        "report_cached_tokens": True,
         "jwt": {"jwks_file": str(folder / "jwks.json"), "issuer": ISSUER, "audience": AUDIENCE},
         "policy_file": str(folder / "policy.yaml"),
         "policy_reload_s": 0.2,

@@ -4,6 +4,7 @@
     wire.py             bounded msgpack: the only way a peer's bytes become objects here
     handshake.py        what two pools must agree on before bytes may move between them
     inbox.py            notifications until somebody takes them: early, duplicate, late
+    sealing_keys.py     keys to seal and open with, while they are changed
     ticket.py           leave to write into somebody's blocks: sealed, single use
     digest.py           keyed digest of blocks, incremental
     notice.py           the 54 bytes which end a handoff: done, or aborted

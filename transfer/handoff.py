@@ -29,7 +29,15 @@ from transfer.protocol import (
     TransferError,
 )
 from transfer.quarantine import FenceKind, HandoffFault, QuarantineStats, ReservationLedger
-from transfer.ticket import Expectation, RefusalReason, Ticket, TicketRefused, TicketSealer, TicketVerifier
+from transfer.ticket import (
+    Expectation,
+    RefusalReason,
+    SealedTicket,
+    Ticket,
+    TicketRefused,
+    TicketSealer,
+    TicketVerifier,
+)
 
 _T = TypeVar("_T")
 
@@ -103,7 +111,6 @@ class HandoffSender:
         self,
         connector: KVConnector,
         verifier: TicketVerifier,
-        transfer_key: bytes,
         *,
         write_timeout_s: float = WRITE_TIMEOUT_S,
         clock: Callable[[], float] = time.time,
@@ -111,7 +118,6 @@ class HandoffSender:
         """`clock`: unix time in seconds, as the tickets' expiry."""
         self._connector = connector
         self._verifier = verifier
-        self._key = transfer_key
         self._write_timeout_s = write_timeout_s
         self._clock = clock
         self._sessions = 0
@@ -127,9 +133,9 @@ class HandoffSender:
             TransferError: The receiver cannot be connected. The ticket is spent; no write has been posted.
         """
         try:
-            ticket = self._verifier.verify(sealed, expected)
+            opened = self._verifier.verify(sealed, expected)
             peer = await self._connector.connect(handshake)
-            if peer != ticket.receiver:
+            if peer != opened.ticket.receiver:
                 raise TicketRefused(RefusalReason.WRONG_RECEIVER)
         except TicketRefused as refusal:
             self._refused[refusal.reason] += 1
@@ -137,8 +143,7 @@ class HandoffSender:
         self._sessions += 1
         return PushSession(
             self._connector,
-            ticket,
-            self._key,
+            opened,
             write_timeout_s=self._write_timeout_s,
             clock=self._clock,
             on_finished=self._count_finished,
@@ -176,23 +181,22 @@ class PushSession:
     def __init__(
         self,
         connector: KVConnector,
-        ticket: Ticket,
-        transfer_key: bytes,
+        opened: SealedTicket,
         *,
         write_timeout_s: float = WRITE_TIMEOUT_S,
         clock: Callable[[], float] = time.time,
         on_finished: Callable[[PushReceipt], None] = lambda receipt: None,
         on_aborted: Callable[[AbortReason], None] = lambda reason: None,
     ) -> None:
-        self.ticket = ticket
+        self.ticket = ticket = opened.ticket
         self._connector = connector
-        self._key = transfer_key
+        self._key = opened.transfer_key
         self._write_timeout_s = write_timeout_s
         self._clock = clock
         self._on_finished = on_finished
         self._on_aborted = on_aborted
         pool = connector.pool
-        self._digest = BlockDigest(transfer_key, ticket.nonce, ticket.binding(), pool.layout.block_bytes)
+        self._digest = BlockDigest(self._key, ticket.nonce, ticket.binding(), pool.layout.block_bytes)
         self._num_pushed = 0
         self._writes: list[PendingWrite] = []
         self._hashing: asyncio.Task[None] | None = None
@@ -338,7 +342,6 @@ class HandoffReceiver:
         self,
         connector: KVConnector,
         sealer: TicketSealer,
-        transfer_key: bytes,
         *,
         weights_digest: str,
         generations_of: Callable[[tuple[int, ...]], tuple[int, ...]],
@@ -350,11 +353,10 @@ class HandoffReceiver:
         Args:
             generations_of: Present generations of our blocks, in the order of the ids given.
             clock: Unix time in seconds, for the expiry; `monotonic` measures ages.
-            nonces: Never the same twice under one transfer key.
+            nonces: Never the same twice under one transfer key, which the sealer holds.
         """
         self.connector = connector
         self.ledger = ReservationLedger(monotonic)
-        self.transfer_key = transfer_key
         self.generations_of = generations_of
         self._sealer = sealer
         self._weights_digest = weights_digest
@@ -404,7 +406,7 @@ class HandoffReceiver:
             sender=sender,
         )
         self.ledger.open(ticket.nonce, request_id, ticket.block_ids, ticket.generations)
-        return Landing(self, ticket, self._sealer.seal(ticket))
+        return Landing(self, self._sealer.seal(ticket))
 
     def stats(self) -> ReceiverStats:
         landed_bytes, landed_blocks = self._landed
@@ -445,13 +447,14 @@ class HandoffReceiver:
 class Landing:
     """One ticket as its issuer sees it. Ends in `landed` (verified), or in `release_when_fenced`."""
 
-    def __init__(self, receiver: HandoffReceiver, ticket: Ticket, sealed: bytes) -> None:
-        self.ticket = ticket
-        self.sealed = sealed
+    def __init__(self, receiver: HandoffReceiver, sealed: SealedTicket) -> None:
+        self.ticket = sealed.ticket
+        self.sealed = sealed.sealed
+        self._key = sealed.transfer_key
         self._receiver = receiver
         self._ledger = receiver.ledger
         self._connector = receiver.connector
-        self._sender = ticket.sender
+        self._sender = sealed.ticket.sender
 
     @property
     def is_fenced(self) -> bool:
@@ -525,7 +528,7 @@ class Landing:
             raise self._refuse(HandoffFault.COUNT_MISMATCH, detail)
         self._require_generations()
         pool = self._connector.pool
-        digest = BlockDigest(self._receiver.transfer_key, ticket.nonce, ticket.binding(), pool.layout.block_bytes)
+        digest = BlockDigest(self._key, ticket.nonce, ticket.binding(), pool.layout.block_bytes)
         await _update_digest(digest, pool, ticket.block_ids)
         if not hmac.compare_digest(digest.finish(), notice.digest):
             raise self._refuse(HandoffFault.DIGEST_MISMATCH, "")
@@ -581,7 +584,7 @@ class Landing:
         while True:
             message = await self._connector.expect(self.ticket.nonce, timeout_s=timeout_s)
             try:
-                notice = Notice.open(self._receiver.transfer_key, self.ticket.nonce, message)
+                notice = Notice.open(self._key, self.ticket.nonce, message)
             except ForgedNotice:
                 self._receiver.count_forged()
                 continue

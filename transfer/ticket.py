@@ -1,16 +1,17 @@
 """Leave to write into somebody's blocks: issued by the decode replica that owns them, sealed, single use.
 
-AES-256-GCM (NIST SP 800-38D) under a key derived from the deployment's transfer key, with a random 96-bit IV: at
-most 2**32 tickets a key. The seal proves who issued the ticket; everything else is checked against what the
-prefill replica itself knows.
+AES-256-GCM (NIST SP 800-38D) under a key derived from one of the deployment's transfer keys, with a random 96-bit IV:
+at most 2**32 tickets a key. The seal proves who issued the ticket; everything else is checked against what the
+prefill replica itself knows. The header names the key, and a handoff keeps to it from its ticket to its notice: keys
+are changed while handoffs are under way.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from cryptography.exceptions import InvalidTag
@@ -19,15 +20,17 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from engine.block_hash import derive_key
 from transfer import wire
 from transfer.protocol import MAX_BLOCKS_IN_WRITE, NONCE_BYTES, TransferError
+from transfer.sealing_keys import KEY_ID_BYTES, SealingKeys
 
-MIN_TRANSFER_KEY_BYTES = 32
 MAX_SEALED_BYTES = 2**20
 MAX_TICKET_LIFETIME_S = 900.0
 MAX_CLOCK_SKEW_S = 5.0
 MAX_REMEMBERED_NONCES = 65_536
-_VERSION = b"\x01"
+_VERSION = b"\x02"
+_HEADER_BYTES = len(_VERSION) + KEY_ID_BYTES
 _IV_BYTES = 12
 _SEAL_INFO = b"zoneserve|ticket-seal|v1"
+_KEY_ID_INFO = b"zoneserve|ticket-key-id|v1"
 _MAX_ID = 2**31 - 1
 _MAX_COUNTER = 2**63 - 1
 
@@ -35,12 +38,13 @@ _MAX_COUNTER = 2**63 - 1
 class RefusalReason(StrEnum):
     """Why a ticket is refused. Closed: each is a label of a counter."""
 
-    FORGED = "forged"  # the seal does not hold: another key, truncated, or altered
+    FORGED = "forged"  # the seal does not hold: a key that we do not have, truncated, or altered
     MALFORMED = "malformed"  # sealed by us, but not a ticket
     EXPIRED = "expired"
     TOO_LONG_LIVED = "too_long_lived"
     WRONG_ZONE = "wrong_zone"
-    WRONG_EPOCH = "wrong_epoch"
+    WRONG_EPOCH = "wrong_epoch"  # not that of the request, or the zone has been purged here since
+    WRONG_REQUEST = "wrong_request"
     WRONG_LAYOUT = "wrong_layout"
     WRONG_WEIGHTS = "wrong_weights"
     WRONG_PROMPT = "wrong_prompt"
@@ -128,34 +132,46 @@ class Ticket:
         return hashlib.sha256(b"ticket|" + self.encode()).digest()
 
 
+@dataclass(frozen=True, slots=True)
+class SealedTicket:
+    """A ticket under its seal. `transfer_key`: the one that seals it and keys the digest and notices of its handoff."""
+
+    ticket: Ticket
+    sealed: bytes
+    transfer_key: bytes = field(repr=False)
+
+
 class TicketSealer:
-    """Seals and opens tickets under one transfer key. `clock`: unix time in seconds."""
+    """Seals tickets under the newest transfer key, opens those under any."""
 
-    def __init__(self, key: bytes, clock: Callable[[], float]) -> None:
-        """
-        Raises:
-            ValueError: The key is shorter than `MIN_TRANSFER_KEY_BYTES`.
-        """
-        if len(key) < MIN_TRANSFER_KEY_BYTES:
-            raise ValueError(f"the transfer key needs at least {MIN_TRANSFER_KEY_BYTES} bytes")
-        self._aead = AESGCM(derive_key(key, _SEAL_INFO))
+    def __init__(self, keys: Sequence[bytes], clock: Callable[[], float], settle_s: float = 0.0) -> None:
+        """`clock`: unix time in seconds. `settle_s` and what is raised: as `SealingKeys`."""
         self._clock = clock
+        self._keys = SealingKeys(keys, _KEY_ID_INFO, clock, settle_s)
 
-    def seal(self, ticket: Ticket) -> bytes:
-        iv = os.urandom(_IV_BYTES)
-        return _VERSION + iv + self._aead.encrypt(iv, ticket.encode(), _VERSION)
+    def set_keys(self, keys: Sequence[bytes]) -> None:
+        """As `SealingKeys.set_keys`. Handoffs under way keep theirs."""
+        self._keys.set_keys(keys)
 
-    def open(self, sealed: bytes) -> Ticket:
+    def seal(self, ticket: Ticket) -> SealedTicket:
+        key_id, key = self._keys.sealing
+        header, iv = _VERSION + key_id, os.urandom(_IV_BYTES)
+        return SealedTicket(ticket, header + iv + _aead(key).encrypt(iv, ticket.encode(), header), key)
+
+    def open(self, sealed: bytes) -> SealedTicket:
         """The ticket, if we sealed it and it is in its time.
 
         Raises:
             TicketRefused: forged, malformed, expired or too_long_lived.
         """
-        if not len(_VERSION) + _IV_BYTES < len(sealed) <= MAX_SEALED_BYTES or sealed[:1] != _VERSION:
+        if not _HEADER_BYTES + _IV_BYTES < len(sealed) <= MAX_SEALED_BYTES or sealed[:1] != _VERSION:
             raise TicketRefused(RefusalReason.FORGED, "not a sealed ticket")
-        iv, body = sealed[1 : 1 + _IV_BYTES], sealed[1 + _IV_BYTES :]
+        header, rest = sealed[:_HEADER_BYTES], sealed[_HEADER_BYTES:]
+        key = self._keys.opening(header[len(_VERSION) :])
+        if key is None:
+            raise TicketRefused(RefusalReason.FORGED, "sealed with a key that is not ours")
         try:
-            ticket = Ticket.decode(self._aead.decrypt(iv, body, _VERSION))
+            ticket = Ticket.decode(_aead(key).decrypt(rest[:_IV_BYTES], rest[_IV_BYTES:], header))
         except InvalidTag:
             raise TicketRefused(RefusalReason.FORGED) from None
         except ValueError as error:
@@ -166,7 +182,7 @@ class TicketSealer:
             raise TicketRefused(RefusalReason.EXPIRED)
         if ticket.expires_at_s > now + MAX_TICKET_LIFETIME_S + MAX_CLOCK_SKEW_S:
             raise TicketRefused(RefusalReason.TOO_LONG_LIVED)
-        return ticket
+        return SealedTicket(ticket, sealed, key)
 
 
 class ReplayGuard:
@@ -201,11 +217,18 @@ class ReplayGuard:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What the prefill replica itself knows about the request, from its own principal, not from the ticket."""
+    """What the prefill replica itself knows about the request: from the ingress's grant, not from the ticket.
+
+    `request_id`: of the granted request; a ticket names that, or an attempt of it, `<request id>/<attempt>`. None: any.
+    `epoch_floor`: the least epoch of the zone that the replica's own
+    engine still serves.
+    """
 
     zone: str
     epoch: int
     num_prompt_tokens: int | None = None
+    request_id: str | None = None
+    epoch_floor: int = 0
 
 
 class TicketVerifier:
@@ -226,16 +249,18 @@ class TicketVerifier:
         self._weights_digest = weights_digest
         self._agent_name = agent_name
 
-    def verify(self, sealed: bytes, expected: Expectation) -> Ticket:
+    def verify(self, sealed: bytes, expected: Expectation) -> SealedTicket:
         """
         Raises:
             TicketRefused: The first reason found, in the order below.
         """
-        ticket = self._sealer.open(sealed)
+        opened = self._sealer.open(sealed)
+        ticket = opened.ticket
         prompts = (None, ticket.num_prompt_tokens)
         checks = (
             (ticket.zone == expected.zone, RefusalReason.WRONG_ZONE),
-            (ticket.epoch == expected.epoch, RefusalReason.WRONG_EPOCH),
+            (ticket.epoch == expected.epoch >= expected.epoch_floor, RefusalReason.WRONG_EPOCH),
+            (_is_attempt_of(expected.request_id, ticket.request_id), RefusalReason.WRONG_REQUEST),
             (ticket.layout_fingerprint == self._layout_fingerprint, RefusalReason.WRONG_LAYOUT),
             (ticket.weights_digest == self._weights_digest, RefusalReason.WRONG_WEIGHTS),
             (expected.num_prompt_tokens in prompts, RefusalReason.WRONG_PROMPT),
@@ -245,7 +270,15 @@ class TicketVerifier:
             if not holds:
                 raise TicketRefused(reason)
         self._guard.admit(ticket.nonce, ticket.expires_at_s)
-        return ticket
+        return opened
+
+
+def _is_attempt_of(request_id: str | None, attempt: str) -> bool:
+    return request_id is None or f"{attempt}/".startswith(f"{request_id}/")
+
+
+def _aead(transfer_key: bytes) -> AESGCM:
+    return AESGCM(derive_key(transfer_key, _SEAL_INFO))
 
 
 def _plain(value: object) -> object:

@@ -31,6 +31,7 @@ _FREQUENCY_TEXT = {
     Frequency.VOID: "void of an earlier claim",
 }
 _ORIGIN_TEXT = {
+    "shared": "of shared text",
     "decode_cache": "cached on decode",
     "prefill_cache": "cached on prefill",
     "prefill_computed": "computed on prefill",
@@ -207,9 +208,8 @@ def _model_section(review: Mapping[str, Any]) -> str:
 
 def _footer(review: Mapping[str, Any], serving: Mapping[str, Any]) -> str:
     provenance, model = review["provenance"], review["model"]
-    origins = [
-        f"{count} {_ORIGIN_TEXT[origin]}" for origin, count in serving["prompt_tokens_by_origin"].items() if count
-    ]
+    by_origin = serving.get("prompt_tokens_by_origin", {})
+    origins = ", ".join(f"{count} {_ORIGIN_TEXT[origin]}" for origin, count in by_origin.items() if count)
     confidence = review["confidence"]
     rows = [
         f"- review {review['review_id']}, {review['created']}; plan {review['plan']}; zone {review['zone']}",
@@ -219,7 +219,7 @@ def _footer(review: Mapping[str, Any], serving: Mapping[str, Any]) -> str:
         f" {provenance['claim_digest'][:12]}, prompt {provenance['prompt_digest'][:12]}",
         f"- model {escape(model['id'])}, revision {escape(model['revision'])},"
         f" KV profile {escape(model['kv_profile'])}",
-        f"- prompt tokens {serving['prompt_tokens']}: {', '.join(origins) or 'none served'}",
+        f"- prompt tokens {serving['prompt_tokens']}{': ' if origins else ''}{origins}",
     ]
     return "\n".join(["---", "", *rows])
 

@@ -116,9 +116,9 @@ def shared_segments(tenant: str, plan: Plan) -> tuple[Segment, ...]:
 
 
 def case_name(claim: Claim) -> str:
-    """A zone name for the claim's case: readable, and distinct for each provider's own claim ids."""
-    suffix = canonical_sha256([claim.claim_id, claim.billing_npi, claim.member])[:16]
-    return f"{slug(claim.claim_id)}-{suffix}"
+    """A zone name for the claim's case, distinct for each provider's own claim ids. It goes into logs, so it holds no
+    identifier; and the member in the digest is a keyed pseudonym, so that none can be guessed from it."""
+    return f"claim-{canonical_sha256([claim.claim_id, claim.billing_npi, claim.member])[:24]}"
 
 
 def slug(text: str) -> str:

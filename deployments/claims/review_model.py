@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from deployments.claims.prompt import LabelledPrompt
-
-# Where a prompt token's KV came from.
-ORIGINS = ("decode_cache", "prefill_cache", "prefill_computed", "decode_computed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +17,19 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What came back. `finish_reason` is `stop` for a whole answer; times in seconds from the call."""
+    """What came back. `finish_reason` is `stop` for a whole answer; times in seconds from the call.
+
+    `prompt_tokens_by_origin`: where their KV came from, and `shared` for those of which it is told to nobody;
+    `pushed_bytes`: moved for the others. None where the caller is not to know.
+    """
 
     text: str
     finish_reason: str
     usage: Usage = Usage()
-    prompt_tokens_by_origin: Mapping[str, int] = field(default_factory=dict)
+    prompt_tokens_by_origin: Mapping[str, int] | None = None
     ttft_s: float | None = None
     e2e_s: float | None = None
-    pushed_bytes: int = 0
+    pushed_bytes: int | None = None
 
 
 class ReviewModel(Protocol):

@@ -19,7 +19,7 @@ from deployments.claims.model import Claim, canonical_sha256
 from deployments.claims.narrative import render_narrative
 from deployments.claims.plan import Plan, load_plan
 from deployments.claims.prompt import LabelledPrompt, assemble, slug
-from deployments.claims.review_model import ORIGINS, Generation, ReviewModel
+from deployments.claims.review_model import Generation, ReviewModel
 from deployments.claims.review_schema import (
     SCHEMA_VERSION,
     Answer,
@@ -56,7 +56,8 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ReviewResult:
-    """A finished review. `serving` holds what depends on the moment: tokens by origin, times, bytes."""
+    """A finished review. `serving` holds what depends on the moment: times, and where it may be told, tokens by origin
+    and bytes."""
 
     review: dict[str, Any]
     narrative_md: str
@@ -332,12 +333,12 @@ def _money(cents: int) -> dict[str, Any]:
 
 def _serving(generation: Generation | None) -> dict[str, Any]:
     answered = generation or Generation(text="", finish_reason="error")
+    reuse = {"prompt_tokens_by_origin": answered.prompt_tokens_by_origin, "pushed_bytes": answered.pushed_bytes}
     return {
         "finish_reason": answered.finish_reason,
         "prompt_tokens": answered.usage.prompt_tokens,
         "completion_tokens": answered.usage.completion_tokens,
-        "prompt_tokens_by_origin": {origin: answered.prompt_tokens_by_origin.get(origin, 0) for origin in ORIGINS},
         "ttft_s": answered.ttft_s,
         "e2e_s": answered.e2e_s,
-        "pushed_bytes": answered.pushed_bytes,
+        **{name: value for name, value in reuse.items() if value is not None},
     }

@@ -6,15 +6,25 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable, Sequence
 
-from deployments.config import JwtSection, TrustSection
-from deployments.errors import Unauthorized
+from deployments.config import ConfigError, JwtSection, TrustSection
+from deployments.errors import SignersUnavailable, Unauthorized
 from deployments.metrics import AuditCollector, IngressMetrics
+from deployments.trust.audit.record import Value
 from deployments.trust.authentication import Authenticator
 from deployments.trust.in_force import TrustState
 from deployments.trust.principals import Principal, Principals
 from deployments.trust.scope import CallScope
-from deployments.trust.tokens import ClaimNames, JwksFile, JwksUrl, KeyCache, TokenRules, TokenVerifier
+from deployments.trust.tokens import (
+    AuthReason,
+    ClaimNames,
+    JwksFile,
+    JwksUrl,
+    KeyCache,
+    TokenRules,
+    TokenVerifier,
+)
 from deployments.trust.trail import AuditTrail
 
 logger = logging.getLogger("ray.serve.zoneserve.trust")
@@ -25,13 +35,23 @@ JOIN_TIMEOUT_S = 10.0
 class TrustGuard:
     """Of one ingress replica. A thread of its own looks at policy, manifests and signing keys again and again."""
 
-    def __init__(self, config: TrustSection, *, stream: str, master_key: bytes, metrics: IngressMetrics) -> None:
+    def __init__(
+        self,
+        config: TrustSection,
+        *,
+        stream: str,
+        master_key: bytes,
+        metrics: IngressMetrics,
+        also_look: Sequence[Callable[[], object]] = (),
+    ) -> None:
         """
         Args:
             stream: Names this replica's audit log.
+            also_look: What else is to be looked at again and again, in the same thread.
 
         Raises:
-            AuditError: The log cannot be opened. PolicyError, KeyFileError: A file cannot be used.
+            AuditError: The log cannot be opened. PolicyError, KeyFileError, FloorError: A file cannot be used.
+            ConfigError: `jwt.jwks_url` is none that keys may come from.
         """
         self._metrics = metrics
         self._jwks = None if config.jwt is None else _key_cache(config.jwt, metrics)
@@ -47,6 +67,7 @@ class TrustGuard:
             self._trail.close()
             raise
         self._reload_s = config.policy_reload_s
+        self._looks = (self._refresh_signers, self._state.reload, *also_look)
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="trust-reload", daemon=True)
         self._thread.start()
@@ -56,6 +77,7 @@ class TrustGuard:
 
         Raises:
             Unauthorized: It names none. Why is counted and audited, and not told.
+            SignersUnavailable: It is a token that cannot be checked now. Counted and audited.
         """
         if self._authenticator.is_token(authorization):
             found = await asyncio.to_thread(self._authenticator.authenticate, authorization)
@@ -65,6 +87,8 @@ class TrustGuard:
             return found
         self._metrics.auth_denials.labels(found).inc()
         self._trail.note_auth_denial(found)
+        if found is AuthReason.KEYS_UNAVAILABLE and self._jwks is not None:
+            raise SignersUnavailable("tokens cannot be checked now", retry_after_s=self._jwks.next_read_s())
         raise Unauthorized("a valid bearer key or token is required")
 
     def scope(self, principal: Principal, request_id: str) -> CallScope:
@@ -75,6 +99,10 @@ class TrustGuard:
         """
         self._trail.require_writable()
         return CallScope(principal, request_id, self._state.in_force(), self._trail, self._metrics)
+
+    async def record(self, kind: str, /, **fields: Value | None) -> None:
+        """Put an event on the medium. Raises AuditUnavailable."""
+        await self._trail.record_durable(kind, **fields)
 
     def audit_metrics(self) -> AuditCollector | None:
         """The audit log's counts now; None where there is no log."""
@@ -89,11 +117,11 @@ class TrustGuard:
 
     def _watch(self) -> None:
         while not self._is_closing.wait(self._reload_s):
-            try:
-                self._refresh_signers()
-                self._state.reload()
-            except Exception:
-                logger.exception("policy and manifests stay as they were")
+            for look in self._looks:
+                try:
+                    look()
+                except Exception:
+                    logger.exception("policy, manifests, keys or epochs stay as they were")
 
     def _refresh_signers(self) -> None:
         """Before their keys are too old, so that a caller seldom waits for them."""
@@ -102,11 +130,14 @@ class TrustGuard:
 
 
 def _key_cache(section: JwtSection, metrics: IngressMetrics) -> KeyCache:
-    read = (
-        JwksFile(section.jwks_file)
-        if section.jwks_file is not None
-        else JwksUrl(section.jwks_url or "", time.monotonic)
-    )
+    try:
+        read = (
+            JwksFile(section.jwks_file)
+            if section.jwks_file is not None
+            else JwksUrl(section.jwks_url or "", time.monotonic)
+        )
+    except ValueError as error:
+        raise ConfigError(f"trust.jwt.jwks_url: {error}") from error
     return KeyCache(read, time.monotonic, on_fetch=lambda outcome: metrics.jwks_fetches.labels(outcome).inc())
 
 

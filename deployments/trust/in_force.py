@@ -11,6 +11,7 @@ from deployments.config import TrustSection
 from deployments.metrics import IngressMetrics
 from deployments.trust.key_files import KeyFileError
 from deployments.trust.manifest import Reason, SignedManifest
+from deployments.trust.manifest_floors import FLOORS_NAME, FloorError, keep_floors, read_floors
 from deployments.trust.manifest_keys import TrustedKeys
 from deployments.trust.manifest_set import ManifestSet, Refusal, digest_of, is_listed, zone_that_lists
 from deployments.trust.policy import DEFAULT_POLICY, Policy, PolicyStore, Reload
@@ -20,6 +21,7 @@ from engine.zone import Zone
 logger = logging.getLogger("ray.serve.zoneserve.trust")
 
 WITHDRAWN = "withdrawn"  # a manifest that was in force and is no longer there
+FLOORS_NOT_KEPT = "floors_not_kept"  # after a restart an older revision could come into force
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,18 @@ class TrustState:
 
         Raises:
             PolicyError: There is no good policy to begin with. KeyFileError: No good file of trusted keys.
+            FloorError: Which revisions were in force before cannot be read.
         """
         self._trail, self._metrics, self._clock = trail, metrics, clock
         self._policies = PolicyStore(config.policy_file or DEFAULT_POLICY)
         self._keys_file = config.manifest_keys_file
         self._manifests: ManifestSet | None = None
+        self._floors_file = None if config.state_dir is None else config.state_dir / FLOORS_NAME
+        self._floors_fault: str | None = None
         if config.manifests_dir is not None and self._keys_file is not None:
-            self._manifests = ManifestSet(config.manifests_dir, TrustedKeys.from_file(self._keys_file), clock)
+            trusted = TrustedKeys.from_file(self._keys_file)
+            floors = {} if self._floors_file is None else read_floors(self._floors_file)
+            self._manifests = ManifestSet(config.manifests_dir, trusted, clock, floors=floors)
         self._told: Mapping[Zone, SignedManifest] = {}
         self._told_refusals: frozenset[Refusal] = frozenset()
         self._tell_policy(Reload.LOADED)
@@ -104,7 +111,22 @@ class TrustState:
             logger.error("manifest %s is refused: %s %s", refusal.file, refusal.reason, refusal.detail)
             self._refused(refusal.reason)
         self._told_refusals = frozenset(refusals)
+        self._keep_floors(self._manifests)
         self._tell_changes(self._manifests.in_force())
+
+    def _keep_floors(self, manifests: ManifestSet) -> None:
+        """Tried again at each look; told once."""
+        if self._floors_file is None:
+            return
+        fault = None
+        try:
+            keep_floors(self._floors_file, manifests.floors, manifests.trusted.may_sign_for)
+        except FloorError as error:
+            fault = str(error)
+            if fault != self._floors_fault:
+                logger.error("the revisions in force are not kept: %s", error)
+                self._refused(FLOORS_NOT_KEPT)
+        self._floors_fault = fault
 
     def _tell_changes(self, found: Mapping[Zone, SignedManifest]) -> None:
         for zone, signed in found.items():

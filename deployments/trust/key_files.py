@@ -1,15 +1,21 @@
-"""Files of keys: read whole within a bound, written whole or not at all."""
+"""Files of keys and of state: read whole within a bound, written whole or not at all."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+LOCK_TIMEOUT_S = 5.0
+LOCK_POLL_S = 0.01
 
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -60,7 +66,45 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """As `create_file`, over what has the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = _stage(path, data, mode)
-    staged.replace(path)
+    try:
+        staged.replace(path)
+    except OSError:
+        staged.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Between processes and threads, one at a time holds `path`, by a file beside it. Blocks the thread.
+
+    Raises:
+        OSError: The lock cannot be made. TimeoutError (an OSError): Not free within `LOCK_TIMEOUT_S`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(None, "another process holds its lock", str(path)) from None
+                time.sleep(LOCK_POLL_S)
+        yield
+    finally:
+        os.close(descriptor)  # and so unlocks
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself must be on the medium, not only the file."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _stage(path: Path, data: bytes, mode: int) -> Path:

@@ -1,7 +1,8 @@
 """Signed manifests: which texts may be shared in which zone. What no manifest in force lists is shared with nobody.
 
-A manifest covers one zone whole: the highest revision that has come into effect holds, alone, until it expires. Nothing
-here reads a clock or a prompt; texts enter as SHA-256 of their exact UTF-8 bytes.
+A manifest covers one zone whole: the highest revision that has come into effect holds, alone, until it expires. It
+names texts by the SHA-256 of their exact UTF-8 bytes; the texts themselves may be kept beside it under that name, and
+are read back only while it is theirs. Nothing here reads a clock or a prompt.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -21,8 +23,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from deployments.claims.model import StrictModel, canonical_json
-from deployments.trust.key_files import create_file
+from deployments.claims.model import StrictModel, canonical_json, text_sha256
+from deployments.trust.key_files import create_file, replace_file
 from deployments.trust.manifest_keys import TrustedKeys, first_fault, is_shareable_kind, key_id_of
 from engine.zone import Zone
 
@@ -31,6 +33,9 @@ MAX_MANIFESTS = 1000  # files in a folder
 MAX_SEGMENTS = 1000
 MAX_REVISION = 2**31 - 1
 MAX_TEXT_CHARS = 120  # title, approver
+MAX_KEPT_TEXT_BYTES = 1 << 20
+MAX_KEPT_TEXTS = 10_000  # in a folder
+TEXTS_FOLDER = "texts"
 
 _SIGNED_AS = b"zoneserve manifest 1\n"  # so that the signature can stand for nothing else
 _RFC3339_UTC = "%Y-%m-%dT%H:%M:%SZ"
@@ -302,15 +307,58 @@ def next_revision(folder: Path, zone: Zone) -> int:
     return highest + 1
 
 
-def publish(folder: Path, manifest: Manifest, key: Ed25519PrivateKey) -> Path:
+def publish(folder: Path, manifest: Manifest, key: Ed25519PrivateKey, *, texts: Iterable[str] = ()) -> Path:
     """Sign and write a manifest: whole or not at all, never over another file.
 
+    Args:
+        texts: Those that the manifest lists, to be kept beside it: what is in force is then never without them.
+
     Raises:
-        ManifestError: As `sign`. OSError: The folder cannot be written, FileExistsError: the revision is taken.
+        ManifestError: As `sign` and `keep_texts`. ValueError: The manifest does not list a text.
+        OSError: The folder cannot be written, FileExistsError: the revision is taken.
     """
     data = sign(manifest, key)
+    kept = tuple(texts)
+    if not {text_sha256(text) for text in kept} <= {segment.sha256 for segment in manifest.segments}:
+        raise ValueError("a text is not in the manifest that it is kept for")
     folder.mkdir(parents=True, exist_ok=True)
+    keep_texts(folder, kept)
     # No zone's part has two dots in a row or starts with one, so no two zones share a name.
     path = folder / f"{manifest.zone.replace('/', '..')}.r{manifest.revision}.json"
     create_file(path, data, mode=0o644)
     return path
+
+
+def keep_texts(folder: Path, texts: Iterable[str]) -> None:
+    """Keep texts in a folder of manifests, one a file named by its digest; one that is there whole is left alone.
+
+    Raises:
+        ManifestError: A text is too large, or the folder would have more than `MAX_KEPT_TEXTS`; nothing is written.
+        OSError: The folder cannot be written.
+    """
+    missing = {digest: text.encode() for text in texts if kept_text(folder, digest := text_sha256(text)) is None}
+    if not missing:
+        return
+    if max(map(len, missing.values())) > MAX_KEPT_TEXT_BYTES:
+        raise ManifestError(Reason.TOO_LARGE, f"a text of more than {MAX_KEPT_TEXT_BYTES} bytes")
+    place = folder / TEXTS_FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    if sum(1 for _ in place.iterdir()) + len(missing) > MAX_KEPT_TEXTS:
+        raise ManifestError(Reason.TOO_MANY, f"more than {MAX_KEPT_TEXTS} texts")
+    for digest, data in missing.items():
+        replace_file(place / digest, data)
+
+
+def kept_text(folder: Path, digest: str) -> str | None:
+    """The kept text with this SHA-256 (hex); None where there is none, or what lies there is another."""
+    path = folder / TEXTS_FOLDER / digest
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            data = file.read(MAX_KEPT_TEXT_BYTES + 1)
+        if len(data) > MAX_KEPT_TEXT_BYTES or hashlib.sha256(data).hexdigest() != digest:
+            return None
+        return data.decode()
+    except (OSError, ValueError):
+        return None

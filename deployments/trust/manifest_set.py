@@ -43,6 +43,9 @@ class ManifestSet:
 
     A reload keeps what was loaded where the folder or a file has a fault, or where it would roll a zone back. A zone
     shares no more once all its files are gone, its manifest in force lists less, or the signer is not trusted for it.
+
+    Attributes:
+        trusted: The keys that count, as of the last reload.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class ManifestSet:
             floors: `floors` of an earlier process, so that a restart opens no way to roll back.
         """
         self._folder = folder
-        self._trusted = trusted
+        self.trusted = trusted
         self._clock = clock
         self._state = _State(floors=dict(floors or {}))
 
@@ -68,7 +71,7 @@ class ManifestSet:
 
         The new state takes the old one's place in one assignment: a query sees one or the other.
         """
-        self._trusted = trusted or self._trusted
+        self.trusted = trusted or self.trusted
         now = self._clock()
         before = self._still_trusted(now)
         try:
@@ -81,7 +84,7 @@ class ManifestSet:
         refusals: list[Refusal] = []
         for path in paths:
             try:
-                found[path.name] = verify(read_bounded(path), self._trusted)
+                found[path.name] = verify(read_bounded(path), self.trusted)
             except ManifestError as error:
                 refusals.append(Refusal(path.name, error.reason, error.detail))
                 if path.name in before.files:
@@ -130,9 +133,9 @@ class ManifestSet:
         state = self._state
         floors = {**state.floors, **_floors(state.files, now)}
         return _State(
-            {n: s for n, s in state.files.items() if self._trusted.may_sign_for(s.key_id, s.zone)},
+            {n: s for n, s in state.files.items() if self.trusted.may_sign_for(s.key_id, s.zone)},
             # A stolen key's revision must not bar its successor's once the key is withdrawn.
-            {zone: floor for zone, floor in floors.items() if self._trusted.may_sign_for(floor.key_id, zone)},
+            {zone: floor for zone, floor in floors.items() if self.trusted.may_sign_for(floor.key_id, zone)},
         )
 
 

@@ -13,7 +13,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deployments.trust.key_files import KeyFileError, read_key_file, replace_file
-from engine.zone import EPHEMERAL, Zone, ZoneKind, is_zone_name
+from deployments.trust.keyring import read_keyring
+from engine.zone import Zone, ZoneKind, is_zone_name
 
 MAX_KEYS = 10_000
 MAX_KEY_FILE_BYTES = 8 << 20
@@ -22,6 +23,8 @@ MAX_CASES = 256  # that one principal owns
 MAX_BEARER_CHARS = 512
 KEY_PREFIX = "zs-"
 LOCAL_PRINCIPAL = "local-reviewer"
+LOCAL_TENANT = "local"
+LOCAL_ROLES = ("zone-admin", "operator")  # of the shipped policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,42 +156,45 @@ def _first_fault(error: ValidationError) -> str:
     return f"{where}: {fault['msg']}"
 
 
-def read_master_key(path: Path) -> bytes:
-    """Bytes of the zone master key (hex in the file).
+def read_master_key(path: Path | None) -> bytes:
+    """The current key of `read_keyring`.
 
     Raises:
-        KeyFileError: Missing, not hex, or shorter than 32 bytes.
+        KeyFileError: As there.
     """
-    try:
-        key = bytes.fromhex(path.read_text(encoding="ascii").strip())
-    except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise KeyFileError(f"{path}: the master key must be hex") from error
-    if len(key) < 32:
-        raise KeyFileError(f"{path}: the master key must be at least 32 bytes")
-    return key
+    return read_keyring(path).current
 
 
 def create_missing_keys(keys_file: Path, master_key_file: Path, client_key_file: Path) -> None:
     """Make the three secrets of a one-machine deployment where they are missing, readable by the owner only.
 
-    A client key that is lost is replaced; other principals' entries in the keys file stay.
+    A client key that is lost is replaced; other principals' entries in the keys file stay. The local principal may pin
+    and purge: where its entry names no role, as those of earlier versions, it gets them.
     """
     if not master_key_file.exists():
         _write_secret(master_key_file, secrets.token_hex(32))
+    present = _read_entries(keys_file) if keys_file.exists() else []
     if not keys_file.exists() or not client_key_file.exists():
         key = KEY_PREFIX + secrets.token_urlsafe(32)
-        entry = {
-            "sha256": hashlib.sha256(key.encode()).hexdigest(),
-            "principal": LOCAL_PRINCIPAL,
-            "tenant": "local",
-            "zone": EPHEMERAL.path,
-        }
-        present = _read_entries(keys_file) if keys_file.exists() else []
-        others = [other.model_dump() for other in present if other.principal != LOCAL_PRINCIPAL]
-        _write_secret(keys_file, yaml.safe_dump({"keys": [*others, entry]}, sort_keys=False))
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        entry = _KeyEntry(sha256=digest, principal=LOCAL_PRINCIPAL, tenant=LOCAL_TENANT, roles=list(LOCAL_ROLES))
+        _write_entries(keys_file, [*(other for other in present if not _is_local(other)), entry])
         _write_secret(client_key_file, key)
+    elif any(_is_local(entry) and not entry.roles for entry in present):
+        _write_entries(keys_file, [_with_local_roles(entry) for entry in present])
+
+
+def _is_local(entry: _KeyEntry) -> bool:
+    return (entry.principal, entry.tenant) == (LOCAL_PRINCIPAL, LOCAL_TENANT)
+
+
+def _with_local_roles(entry: _KeyEntry) -> _KeyEntry:
+    is_without = _is_local(entry) and not entry.roles
+    return entry.model_copy(update={"roles": list(LOCAL_ROLES)}) if is_without else entry
+
+
+def _write_entries(path: Path, entries: list[_KeyEntry]) -> None:
+    _write_secret(path, yaml.safe_dump({"keys": [entry.model_dump() for entry in entries]}, sort_keys=False))
 
 
 def _write_secret(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from deployments.metrics import IngressMetrics
 from deployments.trust.audit.record import Value
 from deployments.trust.in_force import InForce
 from deployments.trust.manifest_keys import is_shareable_kind
-from deployments.trust.policy import Decision
+from deployments.trust.policy import Decision, Verb
 from deployments.trust.principals import Principal
 from deployments.trust.resolve import Grant, Resolution, ZoneContradiction, permit, resolve
 from deployments.trust.shareable import label_segments
@@ -44,6 +44,21 @@ class CallScope:
         for withheld in resolution.withheld:
             self._withhold(withheld.reason, resolution.grant.private, withheld.segment_id)
         return self._settle(resolution.grant)
+
+    def require(self, verb: Verb, zone: Zone) -> None:
+        """For an operator's call.
+
+        Raises:
+            Forbidden: The policy does not allow the principal this there; counted and audited.
+        """
+        decision = self._in_force.policy.decide(self.principal, verb, zone)
+        if not decision.allowed:
+            self._deny(decision.reason, decision)
+            raise Forbidden(f"the policy does not allow this principal to {verb} there")
+
+    def refuse(self, reason: str) -> None:
+        """Count and audit a call that names what cannot be a zone."""
+        self._deny(reason)
 
     def require_no_contradiction(self, claimed: Sequence[object]) -> None:
         """For a call whose texts are ours. Raises Forbidden as `resolve`."""

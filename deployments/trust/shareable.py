@@ -16,13 +16,23 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from deployments.claims.model import text_sha256
 from deployments.claims.plan import load_plan
 from deployments.claims.prompt import LabelledPrompt, Segment, shared_segments
-from deployments.trust.manifest import Manifest, ManifestError, Reason, SharedSegment, next_revision, publish, rfc3339
+from deployments.trust.manifest import (
+    MAX_KEPT_TEXT_BYTES,
+    Manifest,
+    ManifestError,
+    Reason,
+    SharedSegment,
+    keep_texts,
+    next_revision,
+    publish,
+    rfc3339,
+)
 from deployments.trust.manifest_keys import TrustedKeys, is_shareable_kind, key_id_of
 from deployments.trust.manifest_set import ManifestSet
 from deployments.trust.phi import DETECTORS, Detector, Finding, scan
 from engine.zone import EPHEMERAL, Zone, ZoneKind
 
-MAX_SEGMENT_BYTES = 1 << 20
+MAX_SEGMENT_BYTES = MAX_KEPT_TEXT_BYTES  # what is published is kept
 SHIPPED_VALIDITY_S = 365 * 86_400
 SHIPPED_RENEWAL_S = 30 * 86_400  # with less than this left, a start publishes anew
 
@@ -146,8 +156,8 @@ def publish_shipped(
     """Sign a manifest for each zone of the shipped texts whose last one is missing or stale; nothing else is shared.
 
     Stale: it lists other texts, or has less than `SHIPPED_RENEWAL_S` left. So it writes at the first start, after a
-    change of the shipped texts, and once a year. A zone whose last manifest has another approver is theirs: it is left
-    alone, whatever it lists.
+    change of the shipped texts, and once a year. Texts are kept beside their manifests, and kept again where they have
+    gone. A zone whose last manifest has another approver is theirs: it is left alone, whatever it lists.
 
     Args:
         now: Unix time in seconds; the manifests take effect then and expire `SHIPPED_VALIDITY_S` later.
@@ -169,8 +179,10 @@ def publish_shipped(
         revisions = [signed for signed in present.files.values() if signed.zone == zone]
         last = max(revisions, key=lambda signed: signed.manifest.revision, default=None)
         if last is not None:
-            is_fresh = last.manifest.segments == entries and last.expires - now >= SHIPPED_RENEWAL_S
-            if is_fresh or last.manifest.approver != approver:
+            if last.manifest.approver != approver:
+                continue
+            if last.manifest.segments == entries and last.expires - now >= SHIPPED_RENEWAL_S:
+                keep_texts(folder, (text.text for text in texts))
                 continue
         manifest = Manifest(
             zone=zone.path,
@@ -180,7 +192,7 @@ def publish_shipped(
             expires=rfc3339(now + SHIPPED_VALIDITY_S),
             segments=entries,
         )
-        written.append(publish(folder, manifest, key))
+        written.append(publish(folder, manifest, key, texts=[text.text for text in texts]))
     return tuple(written)
 
 

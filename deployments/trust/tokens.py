@@ -268,6 +268,12 @@ class KeyCache:
             raise TokenRefused(AuthReason.KEYS_UNAVAILABLE)
         return key
 
+    def next_read_s(self) -> float:
+        """Seconds until the JWKS may be read again."""
+        if self._tried_at is None:
+            return 0.0
+        return max(0.0, self._tried_at + self._min_refetch_s - self._clock())
+
     def _refresh(self, is_wanted: Callable[[], bool]) -> bool:
         """False where another thread reads just now; then nothing has been done."""
 

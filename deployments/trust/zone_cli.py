@@ -1,4 +1,4 @@
-"""`zoneserve zone`: make a signing key, publish texts that may be shared, list what is shared now."""
+"""`zoneserve zone`: keys, the texts that may be shared, what is shared now, purges and their receipts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from deployments.trust.key_files import KeyFileError
+from deployments.local import CLIENT_KEY_FILE
+from deployments.trust.key_files import KeyFileError, create_file
+from deployments.trust.keyring import MAX_KEYS_IN_RING, read_keyring, rotate_key
 from deployments.trust.manifest import Manifest, ManifestError, next_revision, publish, rfc3339, unix_time
 from deployments.trust.manifest_keys import (
     TrustedKeys,
@@ -29,6 +31,15 @@ from deployments.trust.manifest_keys import (
 from deployments.trust.manifest_set import ManifestSet
 from deployments.trust.phi import DETECTORS, Detector, positions
 from deployments.trust.phi.presidio import DetectorError, load_presidio
+from deployments.trust.purge_client import PurgeError, read_bearer_key, request_purge
+from deployments.trust.receipts import (
+    MAX_RECEIPT_BYTES,
+    ReceiptError,
+    SignedReceipt,
+    read_receipt_keys,
+    receipt_keys,
+    verify_receipt,
+)
 from deployments.trust.shareable import (
     MAX_SEGMENT_BYTES,
     Publication,
@@ -47,6 +58,12 @@ KeyOption = Annotated[Path, typer.Option("--key", help="The signing key (PEM), a
 OutOption = Annotated[Path, typer.Option("--out", help="Folder of manifests.")]
 ApproverOption = Annotated[str, typer.Option(help="Who vouches for the texts.")]
 TrustedOption = Annotated[Path, typer.Option("--trusted", help="YAML file of the public keys that count.")]
+MasterKeyOption = Annotated[
+    Path | None, typer.Option("--master-key-file", help="The deployment's master keys; else the environment's secret.")
+]
+ReceiptKeyOption = Annotated[
+    Path | None, typer.Option("--receipt-key", help="File of public keys, as `zone receipt-key` prints them.")
+]
 
 
 @zone_app.command("keygen")
@@ -94,7 +111,7 @@ def publish_texts(
             expires=_time(expires),
             segments=tuple(text.entry() for text in texts),
         )
-        path = publish(out_dir, manifest, read_signing_key(key))
+        path = publish(out_dir, manifest, read_signing_key(key), texts=[text.text for text in texts])
         table = Table("segment", "sha256", title=f"{zone}, revision {manifest.revision}, signed for {approver}")
         for segment in manifest.segments:
             table.add_row(segment.id, segment.sha256)
@@ -163,6 +180,89 @@ def manifests(
     raise typer.Exit(1 if refusals else 0)
 
 
+@zone_app.command("purge")
+def purge(
+    zone: Annotated[str, typer.Argument(help="public, tenant/T/plan/P or tenant/T/case/C.")],
+    *,
+    url: Annotated[str, typer.Option(help="The deployment.")],
+    key_file: Annotated[Path, typer.Option(help="File with the bearer key of one who may purge.")] = CLIENT_KEY_FILE,
+    receipt_key: ReceiptKeyOption = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="Where the receipt goes; must not exist.")] = None,
+) -> None:
+    """Drop a zone from every cache. Exit status 0 only if every replica has done so and the receipt, if there is a key
+    to check it with, holds. Asking again is harmless."""
+    with _one_line_errors():
+        if out_file is not None and out_file.exists():
+            raise ValueError(f"{out_file}: exists; nothing was purged")
+        keys = () if receipt_key is None else read_receipt_keys(receipt_key)
+        signed = request_purge(url, read_bearer_key(key_file), zone, keys)
+        _show_receipt(signed)
+        if out_file is not None:
+            out_file.parent.mkdir(parents=True, exist_ok=True)
+            create_file(out_file, signed.data, mode=0o644)
+        if not keys:
+            _say("not verified: --receipt-key names no key")
+    raise typer.Exit(0 if signed.receipt.complete else 1)
+
+
+@zone_app.command("receipt-key")
+def receipt_key(master_key_file: MasterKeyOption = None) -> None:
+    """Print the public keys that receipts are checked with: one for each master key, newest first."""
+    with _one_line_errors():
+        for key in receipt_keys(read_keyring(master_key_file)):
+            _say(f"{key.public_bytes_raw().hex()}  # receipts signed by {key_id_of(key)}")
+
+
+@zone_app.command("check-receipt")
+def check_receipt(
+    file: Annotated[Path, typer.Argument(help="A receipt, as `zone purge --out` writes it.")],
+    *,
+    receipt_key: ReceiptKeyOption = None,
+    master_key_file: MasterKeyOption = None,
+) -> None:
+    """Check a receipt's signature, by the public keys or the master keys. Exit status 0 only if it holds and says that
+    the purge was complete."""
+    with _one_line_errors():
+        keys = receipt_keys(read_keyring(master_key_file)) if receipt_key is None else read_receipt_keys(receipt_key)
+        with file.open("rb") as opened:
+            signed = verify_receipt(opened.read(MAX_RECEIPT_BYTES + 1), keys)
+        _show_receipt(signed)
+    raise typer.Exit(0 if signed.receipt.complete else 1)
+
+
+@zone_app.command("rotate-key")
+def rotate_master_key(
+    master_key_file: Annotated[Path, typer.Argument(help="The deployment's master keys; replaced whole.")],
+    *,
+    keep: Annotated[
+        int | None, typer.Option(min=1, max=MAX_KEYS_IN_RING - 1, help="Old keys that stay at most; all if left out.")
+    ] = None,
+) -> None:
+    """Put a new master key before the old ones. An audit log can be verified as long as its key is among them."""
+    with _one_line_errors():
+        done = rotate_key(master_key_file, num_kept=keep, now=time.time())
+        table = Table("master key", "state", title=str(master_key_file))
+        table.add_row(done.new, "new")
+        for state, names in (("kept", done.kept), ("dropped", done.dropped)):
+            for name in names:
+                table.add_row(name, state)
+        out.print(table)
+
+
+def _show_receipt(signed: SignedReceipt) -> None:
+    receipt = signed.receipt
+    table = Table(title=f"{receipt.zone}, epoch {receipt.epoch}")
+    for name in ("pool", "replica", "outcome", "findable", "scrubbed", "in use", "pinned"):
+        table.add_column(name, overflow="fold")
+    for pool in receipt.pools:
+        for replica in pool.replicas:
+            counts = (replica.num_findable, replica.num_scrubbed, replica.num_in_use, replica.num_pinned)
+            table.add_row(pool.pool, replica.replica, replica.outcome.value, *map(str, counts))
+    out.print(table)
+    _say(f"{rfc3339(receipt.finished_ms / 1000)}: by {receipt.principal}, signed by {signed.key_id}")
+    _say("complete" if receipt.complete else "INCOMPLETE: not every replica has purged; ask again")
+
+
 def _read_texts(files: list[Path]) -> list[Publication]:
     texts = [_read_text(path) for path in files]
     name, count = Counter(text.id for text in texts).most_common(1)[0]
@@ -217,7 +317,9 @@ def _one_line_errors() -> Iterator[None]:
         _fail(f"{'.'.join(map(str, fault['loc'])) or 'manifest'}: {fault['msg']}")
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}")
-    except (ManifestError, KeyFileError, DetectorError, PublicationVetoed, ValueError) as error:
+    except (
+        ManifestError, KeyFileError, DetectorError, PublicationVetoed, PurgeError, ReceiptError, ValueError
+    ) as error:  # fmt: skip
         _fail(str(error))
 
 

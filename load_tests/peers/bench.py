@@ -12,7 +12,6 @@ import argparse
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,11 +23,10 @@ from rich.console import Console
 from engine.model_store import resolve
 from engine.tokenizer import Tokenizer
 from load_tests.figures import fill
-from load_tests.local import ROOT
 from load_tests.peers.contenders import Settings, contenders
 from load_tests.peers.convert import convert
 from load_tests.peers.engine_runs import run_engine, run_memory
-from load_tests.peers.environments import missing_reason, python_of
+from load_tests.peers.environments import draw_chart
 from load_tests.peers.http_runs import run_http
 from load_tests.peers.record import machine, markdown, terminal_tables
 from load_tests.peers.servers import LABELS as SERVERS
@@ -105,16 +103,6 @@ def _memory(
     return run_memory(listed, settings=settings, repeats=repeats, prompts=prompts, say=say)
 
 
-def draw_chart(out: Path, report_file: Path) -> str | None:
-    """Draw the report; returns why that cannot be done, None where it is done."""
-    if reason := missing_reason(out, "chart"):
-        return reason
-    command = [str(python_of(out, "chart")), "-m", "load_tests.peers.chart", str(report_file.absolute())]
-    picture = report_file.with_suffix(".png").absolute()
-    result = subprocess.run([*command, str(picture)], cwd=ROOT, capture_output=True, text=True, check=False)
-    return (result.stderr.strip().splitlines() or ["it failed"])[-1] if result.returncode else None
-
-
 def main() -> int:
     options = _options()
     # A request to end unwinds like Ctrl-C: servers that stand stopped are woken and ended, workers too.
@@ -134,7 +122,7 @@ def main() -> int:
         console.print(table)
     for name, reason in _missing(report).items():
         say(f"missing: {name}: {reason}")
-    if reason := draw_chart(options.out, report_file):
+    if reason := draw_chart(options.out, "load_tests.peers.chart", report_file):
         say(f"no chart: {reason}")
     if options.docs is not None:
         fill(options.docs, SECTION, markdown(report))

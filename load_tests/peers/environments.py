@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 READY_FILE = ".ready"
 MISSING_FILE = "missing.txt"
 REASON_LINES = 6
@@ -89,6 +90,17 @@ def missing_reason(out: Path, name: str) -> str | None:
     if not python_of(out, name).exists():
         return f"{out / name / 'venv'} was not made: make bench-peers makes it"
     return None
+
+
+def draw_chart(out: Path, module: str, report_file: Path) -> str | None:
+    """Run `module` in the chart's environment on the report and a picture beside it; returns why that cannot be done,
+    None where it is done."""
+    if reason := missing_reason(out, "chart"):
+        return reason
+    picture = report_file.with_suffix(".png").absolute()
+    command = [str(python_of(out, "chart")), "-m", module, str(report_file.absolute()), str(picture)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return (result.stderr.strip().splitlines() or ["it failed"])[-1] if result.returncode else None
 
 
 def make(out: Path, name: str, install: Callable[[Path], None] | None = None) -> bool:

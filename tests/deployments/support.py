@@ -19,6 +19,7 @@ from engine.request import SamplingParams
 from engine.zone import ZoneSpan
 
 RUN_TIMEOUT_S = 10.0
+GRANT_KEY = b"g" * 32
 SETTLE_TICKS = 20
 
 

@@ -16,7 +16,15 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from deployments import client as client_module
 from deployments.client import MAX_DECODE_ATTEMPTS, DecodeClient
-from deployments.errors import BadRequest, DeadlineExceeded, InternalFault, NoCapacity, ReplicaLost, ServeError
+from deployments.errors import (
+    AuditUnavailable,
+    BadRequest,
+    DeadlineExceeded,
+    InternalFault,
+    NoCapacity,
+    ReplicaLost,
+    ServeError,
+)
 from deployments.messages import GenerateCall, RouteHint, TokenEvent
 from deployments.metrics import PREFIX, IngressMetrics
 from tests.deployments.support import (
@@ -285,6 +293,7 @@ def test_what_the_replica_raises_is_an_internal_fault_without_its_text(cause: Ex
         ("no_capacity: no KV blocks", NoCapacity, "no KV blocks"),
         ("no_capacity: prefill: and decode", NoCapacity, "prefill: and decode"),
         ("deadline_exceeded: too slow", DeadlineExceeded, "too slow"),
+        ("audit_unavailable: it cannot be written", AuditUnavailable, "it cannot be written"),
         ("internal_error: KeyError", InternalFault, "KeyError"),
     ],
 )

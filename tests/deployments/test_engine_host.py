@@ -13,9 +13,11 @@ import pytest
 
 from deployments import engine_host
 from deployments.engine_host import EngineHost, EngineStopped, OutputStream
+from engine.cache_events import CacheEvent
 from engine.engine import Engine, RequestOutput
 from engine.errors import IntegrityError, QueueFullError
 from engine.request import FinishReason, Request, RequestStatus, SamplingParams
+from engine.zone import Zone
 from tests.deployments.support import reaches, run
 
 WAIT_S = 5.0
@@ -32,6 +34,7 @@ class FakeEngine:
         self.num_closes = 0
         self.is_stepping = False
         self.threads: set[str] = set()
+        self.cache_events: list[CacheEvent] = []
         self.step_error: BaseException | None = None
         self.may_step = threading.Event()
         self.may_step.set()
@@ -60,6 +63,11 @@ class FakeEngine:
         self._note()
         self.num_expiries += 1
         return 0
+
+    def take_cache_events(self) -> list[CacheEvent]:
+        self._note()
+        taken, self.cache_events = self.cache_events, []
+        return taken
 
     def close(self) -> None:
         self.num_closes += 1
@@ -97,6 +105,10 @@ class Observer:
     def __init__(self) -> None:
         self.steps: list[float] = []
         self.queued: list[tuple[str, float]] = []
+        self.cache_events: list[CacheEvent] = []
+
+    def cache_changed(self, events: list[CacheEvent]) -> None:
+        self.cache_events.extend(events)
 
     def step_took(self, seconds: float) -> None:
         self.steps.append(seconds)
@@ -194,6 +206,18 @@ def test_call_runs_between_two_steps_and_returns_the_result() -> None:
             pair.engine.may_step.set()
             assert await asyncio.gather(*calls) == [1, 1, 1]
             assert await tokens(stream) == [0, 1, 2]
+
+    run(body)
+
+
+def test_what_a_command_does_to_the_cache_is_reported_once_with_or_without_a_step() -> None:
+    event = CacheEvent("evict", Zone.parse("tenant/acme/case/1"), 3, "purge")
+
+    async def body() -> None:
+        with hosted() as pair:
+            await pair.host.call(lambda engine: cast(FakeEngine, engine).cache_events.append(event))
+            await pair.host.call(lambda engine: None)  # a turn later
+            assert pair.observer.cache_events == [event]
 
     run(body)
 

@@ -50,6 +50,8 @@ def test_statuses_are_those_of_the_contract() -> None:
         "OverCapacity": 429,
         "NoCapacity": 503,
         "AuditUnavailable": 503,
+        "SignersUnavailable": 503,
+        "PurgeUnavailable": 503,
         "ReplicaLost": 503,
         "DeadlineExceeded": 504,
         "InternalFault": 500,

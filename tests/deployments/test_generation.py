@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -15,10 +16,12 @@ from deployments.generation import GenerationService, Timeline, TokenisedPrompt
 from deployments.http import event_stream, with_first
 from deployments.messages import GenerateCall, TokenEvent
 from deployments.metrics import PREFIX, IngressMetrics
+from deployments.trust.epochs import EpochStore
 from deployments.trust.labelling import unlabelled
+from deployments.trust.zone_grant import GrantRefused, GrantSealer, GrantVerifier
 from engine.request import SamplingParams
 from engine.zone import PUBLIC, Zone, ZoneSpan
-from tests.deployments.support import Clock, Handle, Hold, Script, last, local_config, run, settle, token
+from tests.deployments.support import GRANT_KEY, Clock, Handle, Hold, Script, last, local_config, run, settle, token
 
 PROMPT = TokenisedPrompt((1, 2, 3), unlabelled(3))
 PLAN = Zone.parse("tenant/t/plan/p")
@@ -28,7 +31,13 @@ CASE = Zone.parse("tenant/t/case/c")
 class Service:
     """A service over a scripted handle: choice i plays `scripts[i]`."""
 
-    def __init__(self, *scripts: Script, max_inflight: int = 8, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        *scripts: Script,
+        max_inflight: int = 8,
+        clock: Clock | None = None,
+        epochs: EpochStore | None = None,
+    ) -> None:
         self.handle = Handle(list(scripts))
         self.metrics = IngressMetrics()
         self.clock = clock or Clock()
@@ -37,7 +46,9 @@ class Service:
             client=DecodeClient(self.handle, config.routing, self.metrics),
             config=config,
             affinity_key=b"k" * 32,
+            grants=GrantSealer((GRANT_KEY,)),
             metrics=self.metrics,
+            epochs=epochs,
             clock=self.clock,
         )
 
@@ -92,6 +103,64 @@ class TestOneChoice:
             assert call.zone_spans == PROMPT.zone_spans
             assert call.sampling.seed == 100
             assert call.timeout_s == 300
+
+        run(body)
+
+    def test_call_is_sealed_with_the_epochs_of_now_and_the_tenant(self) -> None:
+        async def body() -> None:
+            epochs = EpochStore(None)
+            service = Service([last(1)], [last(1)], epochs=epochs)
+            prompt = TokenisedPrompt((1, 2, 3), (ZoneSpan(1, PUBLIC), ZoneSpan(2, PLAN), ZoneSpan(3, CASE)))
+            verifier = GrantVerifier((GRANT_KEY,))
+            for purged in ((), (CASE, CASE, PLAN)):
+                for zone in purged:
+                    epochs.raise_epoch(zone)
+                await collect(service.service.stream(prompt, [SamplingParams()], arrival=0.0, tenant="t"))
+                verifier.verify(service.handle.calls[-1])
+            first, second = service.handle.calls
+            assert [span.epoch for span in first.zone_spans] == [0, 0, 0]
+            assert (first.epoch, first.tenant) == (0, "t")
+            assert [span.epoch for span in second.zone_spans] == [0, 1, 2]
+            assert second.epoch == 2
+
+        run(body)
+
+    def test_each_choice_has_a_grant_of_its_own(self) -> None:
+        async def body() -> None:
+            service = Service([last(1)], [last(2)])
+            await collect(service.stream(2))
+            one, other = service.handle.calls
+            verifier = GrantVerifier((GRANT_KEY,))
+            verifier.verify(one)
+            verifier.verify(other)
+            with pytest.raises(GrantRefused):
+                verifier.verify(replace(one, grant=other.grant))
+
+        run(body)
+
+    def test_zone_of_another_tenant_is_never_sealed(self) -> None:
+        async def body() -> None:
+            service = Service([last(1)])
+            prompt = TokenisedPrompt((1, 2, 3), (ZoneSpan(3, CASE),))
+            with pytest.raises(ValueError, match="another tenant"):
+                await collect(service.service.stream(prompt, [SamplingParams()], arrival=0.0, tenant="u"))
+            assert service.handle.calls == []
+            service.check_idle()
+
+        run(body)
+
+    def test_calls_after_a_rotation_have_grants_and_affinity_of_the_new_keys(self) -> None:
+        async def body() -> None:
+            service = Service([last(1)], [last(1)])
+            prompt = TokenisedPrompt((1, 2, 3), (ZoneSpan(3, CASE),))
+            new_key = b"n" * 32
+            for _ in range(2):
+                await collect(service.service.stream(prompt, [SamplingParams()], arrival=0.0))
+                service.service.rotate(b"a" * 32, (new_key, GRANT_KEY))
+            before, after = service.handle.calls
+            GrantVerifier((GRANT_KEY,)).verify(before)
+            GrantVerifier((new_key,)).verify(after)
+            assert before.affinity != after.affinity
 
         run(body)
 
@@ -352,7 +421,7 @@ class TestMetrics:
 
 
 class TestAffinity:
-    def affinity(self, spans: tuple[ZoneSpan, ...], key: bytes = b"k" * 32) -> bytes:
+    def affinity(self, spans: tuple[ZoneSpan, ...], key: bytes = b"k" * 32, epochs: EpochStore | None = None) -> bytes:
         seen: list[bytes] = []
 
         class Recorder:
@@ -365,6 +434,8 @@ class TestAffinity:
                 client=cast(DecodeClient, Recorder()),
                 config=local_config(),
                 affinity_key=key,
+                grants=GrantSealer((GRANT_KEY,)),
+                epochs=epochs,
                 metrics=IngressMetrics(),
             )
             prompt = TokenisedPrompt((1, 2, 3), spans)
@@ -383,6 +454,15 @@ class TestAffinity:
         first = self.affinity((ZoneSpan(3, CASE),))
         assert first
         assert first != self.affinity((ZoneSpan(3, Zone.parse("tenant/t/case/d")),))
+
+    @pytest.mark.parametrize("spans", [(ZoneSpan(3, CASE),), (ZoneSpan(2, PLAN), ZoneSpan(3, CASE))])
+    def test_a_purge_of_its_zone_changes_it_and_of_another_does_not(self, spans: tuple[ZoneSpan, ...]) -> None:
+        epochs = EpochStore(None)
+        before = self.affinity(spans, epochs=epochs)
+        epochs.raise_epoch(Zone.parse("tenant/t/plan/other"))
+        assert self.affinity(spans, epochs=epochs) == before
+        epochs.raise_epoch(spans[0].zone)
+        assert self.affinity(spans, epochs=epochs) != before
 
     def test_prompt_that_nobody_caches_has_none(self) -> None:
         assert self.affinity(unlabelled(3)) == b""

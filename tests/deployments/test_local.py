@@ -60,11 +60,11 @@ def test_exactly_the_shipped_texts_are_shared_with_the_tenants_of_the_keys_file(
 
 def test_a_second_start_signs_nothing_and_a_new_tenant_is_added(tmp_path: Path) -> None:
     _prepare_trust(config_in(tmp_path, "acme"))
-    first = {path.name: path.read_bytes() for path in (tmp_path / "manifests").iterdir()}
+    first = {path.name: path.read_bytes() for path in (tmp_path / "manifests").glob("*.json")}
     _prepare_trust(config_in(tmp_path, "acme"))
-    assert {path.name: path.read_bytes() for path in (tmp_path / "manifests").iterdir()} == first
+    assert {path.name: path.read_bytes() for path in (tmp_path / "manifests").glob("*.json")} == first
     _prepare_trust(config_in(tmp_path, "acme", "other"))
-    added = {path.name for path in (tmp_path / "manifests").iterdir()} - first.keys()
+    added = {path.name for path in (tmp_path / "manifests").glob("*.json")} - first.keys()
     assert added == {"tenant..other..plan..synthetic-ppo.r1.json"}
     assert Zone.parse("tenant/other/plan/synthetic-ppo") in shared(tmp_path).in_force()
 

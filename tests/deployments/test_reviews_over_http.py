@@ -13,6 +13,7 @@ import pytest
 from deployments.claims.labels import compare, load_labels
 from deployments.claims.review_schema import validate_review
 from deployments.review_client import SAMPLES
+from tests.deployments.test_trust_over_http import records
 from tests.local_deployment import Deployment
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model]
@@ -179,7 +180,12 @@ def test_a_claim_as_json_without_lines_is_refused(deployment: Deployment) -> Non
 def test_more_claims_than_a_call_may_have_are_413_and_none_is_begun(stream: bool, deployment: Deployment) -> None:
     limit = deployment.config.claims.max_claims_per_call
     lines = "\n".join(json.dumps(CLAIM | {"claim_id": f"SYNTH-J{index}"}) for index in range(limit + 1))
+
+    def begun() -> int:
+        return len([record for record in records(deployment) if record.event == "zone.resolve"])
+
+    before = begun()
     response = post(deployment, {"files": [as_file("many.jsonl", lines.encode())], "stream": stream})
     assert response.status_code == 413
     assert f"{limit + 1} claims in one call; at most {limit}" in response.json()["error"]["message"]
-    assert deployment.leftovers() == {}
+    assert begun() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections import Counter
 from typing import Any
 
@@ -80,11 +81,12 @@ def test_short_prompts_stay_on_decode_and_equal_transformers(
 
 
 def test_one_zone_shares_blocks_and_two_zones_share_none(clean_deployment: Deployment) -> None:
-    text = "The plan pays for one office visit a day. " * 20
+    text = f"Note {secrets.token_hex(8)}. " + "The plan pays for one office visit a day. " * 20
+    messages = [{"role": "system", "content": text}]  # of its own: the template's would be in the cases' cache by now
 
     def hits(tenant: str) -> float:
         before = counters(clean_deployment)
-        assert chat(clean_deployment, text, tenant).status_code == 200
+        assert chat(clean_deployment, "", tenant, messages=messages).status_code == 200
         after = counters(clean_deployment)
         return after["zoneserve_prefix_cache_hits_total"] - before["zoneserve_prefix_cache_hits_total"]
 

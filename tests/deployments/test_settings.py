@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from deployments.app import REPLICA_ENVIRONMENT
-from deployments.settings import SERVE_TRANSPORT, prepare_ray_environment, read_settings
+from deployments.settings import SERVE_TRANSPORT, master_key_secret, prepare_ray_environment, read_settings
 
 ROOT = Path(__file__).parents[2]
 # Sets the transport's variables before its library is imported.
 EXEMPT = {Path("deployments/settings.py"), Path("transfer/nixl_connector.py")}
-NAMES = ("ZONESERVE_CACHE", "ZONESERVE_MODEL_CACHE", "ZONESERVE_CRD_DIR", "XDG_CACHE_HOME")
+NAMES = ("ZONESERVE_CACHE", "ZONESERVE_MODEL_CACHE", "ZONESERVE_CRD_DIR", "ZONESERVE_MASTER_KEY", "XDG_CACHE_HOME")
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,13 @@ def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None
     assert read_settings().cache == Path("/home/somebody/.cache/zoneserve")
     assert read_settings().model_cache == Path("/home/somebody/.cache/zoneserve/models")
     assert read_settings().crd_dir is None
+
+
+def test_master_key_is_handed_out_alone_and_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert master_key_secret() is None
+    monkeypatch.setenv("ZONESERVE_MASTER_KEY", "ab" * 32)
+    assert master_key_secret() == "ab" * 32
+    assert "ab" * 32 not in repr(read_settings())
 
 
 def test_ray_finds_this_interpreters_tools_and_keeps_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

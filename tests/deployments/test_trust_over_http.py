@@ -79,7 +79,7 @@ def records(deployment: Deployment) -> list[Record]:
     assert deployment.config.trust.audit is not None
     key = chain_key(read_master_key(deployment.config.trust.master_key_file))
     with closing(AuditDirectory(deployment.config.trust.audit.dir)) as directory:
-        result = verify(directory, key)
+        result = verify(directory, [key])
         assert result.is_intact, result.findings
         return list(merged(directory, result))
 
@@ -343,10 +343,10 @@ class TestAudit:
     ) -> None:
         deployment = clean_deployment
         headers, review = deployment.headers("alpha"), {"x12": (SAMPLES / "05-units.edi").read_text()}
-        assert total(deployment, "audit_writable") == 1
+        assert total(deployment, "audit_writable", role="ingress") == 1
         assert deployment.config.trust.audit is not None
         process = ingress_process()
-        newest = max(deployment.config.trust.audit.dir.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+        newest = max(deployment.config.trust.audit.dir.glob("ingress-*.jsonl"), key=lambda path: path.stat().st_mtime)
         soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
         process.rlimit(psutil.RLIMIT_FSIZE, (newest.stat().st_size + 100, hard))  # in the middle of a record
         try:
@@ -357,11 +357,11 @@ class TestAudit:
             assert int(refused[0].headers["Retry-After"]) >= 1
             assert chat(deployment, {}).status_code == 401
             assert httpx.get(f"{deployment.url}/v1/models", headers=headers, timeout=20.0).status_code == 200
-            assert total(deployment, "audit_writable") == 0
+            assert total(deployment, "audit_writable", role="ingress") == 0
             assert total(deployment, "refusals_total", reason="audit_unavailable") >= 3
         finally:
             process.rlimit(psutil.RLIMIT_FSIZE, (soft, hard))
-        deployment.wait_until(lambda: total(deployment, "audit_writable") == 1, RELOAD_TIMEOUT_S)
+        deployment.wait_until(lambda: total(deployment, "audit_writable", role="ingress") == 1, RELOAD_TIMEOUT_S)
         assert chat(deployment, headers).status_code == 200
         assert post(deployment, "/v1/reviews", review, headers).status_code == 200
         assert total(deployment, "audit_lost_total") == 0

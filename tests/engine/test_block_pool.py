@@ -8,6 +8,7 @@ import pytest
 
 from engine.block_pool import BlockPool
 from engine.errors import IntegrityError
+from engine.quotas import NO_QUOTAS, Quotas
 from engine.zone import EPHEMERAL, PUBLIC, Zone
 from tests.engine.toy_model import CASE, OTHER_CASE, PLAN, RIVAL_CASE
 
@@ -17,9 +18,9 @@ MIXED = Zone.parse("tenant/acme/mixed")
 class Pool(BlockPool):
     """A pool that keeps what it scrubs and checks itself after each test's last step."""
 
-    def __init__(self, num_blocks: int = 8) -> None:
+    def __init__(self, num_blocks: int = 8, quotas: Quotas = NO_QUOTAS) -> None:
         self.scrubbed: list[list[int]] = []
-        super().__init__(num_blocks, lambda block_ids: self.scrubbed.append(list(block_ids)))
+        super().__init__(num_blocks, lambda block_ids: self.scrubbed.append(list(block_ids)), quotas=quotas)
 
     def take(self, zone: Zone, count: int = 1) -> list[int]:
         block_ids = self.allocate([zone] * count, zone)
@@ -70,7 +71,7 @@ def test_a_generation_rises_each_time_a_block_is_handed_out_anew() -> None:
 def test_sharing_a_cached_block_does_not_raise_its_generation() -> None:
     pool = Pool(1)
     pool.cache(PUBLIC, b"d")
-    pool.acquire(0)
+    pool.acquire([0])
     assert (pool.generation(0), pool.ref_count(0), pool.num_idle) == (1, 1, 0)
 
 
@@ -79,7 +80,7 @@ def test_a_published_block_is_shared_and_stays_findable_when_its_last_user_leave
     [block_id] = pool.take(CASE)
     pool.publish(block_id, b"d")
     assert pool.find(b"d", CASE) == block_id
-    pool.acquire(block_id)
+    pool.acquire([block_id])
     pool.release([block_id])
     assert (pool.ref_count(block_id), pool.num_idle) == (1, 0)
     pool.release([block_id])
@@ -126,9 +127,9 @@ def test_a_block_that_is_not_findable_cannot_be_shared() -> None:
     pool = Pool()
     [block_id] = pool.take(PUBLIC)
     with pytest.raises(IntegrityError, match="shared"):
-        pool.acquire(block_id)
+        pool.acquire([block_id])
     with pytest.raises(IntegrityError):
-        pool.acquire(5)
+        pool.acquire([5])
 
 
 def test_freeing_twice_is_refused() -> None:
@@ -172,7 +173,7 @@ def test_free_blocks_are_used_before_anything_is_evicted() -> None:
 def test_the_least_recently_used_block_of_the_own_zone_is_evicted_first() -> None:
     pool = Pool(4)
     old, new = pool.cache(CASE, b"1", b"2")
-    pool.acquire(old)
+    pool.acquire([old])
     pool.release([old])  # now the other one is older
     pool.cache(RIVAL_CASE, b"3")
     pool.cache(PUBLIC, b"4")
@@ -188,15 +189,25 @@ def test_a_chain_is_evicted_from_its_end() -> None:
     assert pool.take(CASE) == [2]
 
 
-def test_after_the_own_zone_the_tenants_private_zones_give_way_then_others_and_public_last() -> None:
-    pool = Pool(5)
+def test_after_the_own_zone_the_tenants_cases_give_way_then_its_plans_then_others_and_public_last() -> None:
+    pool = Pool(6)
     [public] = pool.cache(PUBLIC, b"1")
     [rival] = pool.cache(RIVAL_CASE, b"2")
     [plan] = pool.cache(PLAN, b"3")
-    [sibling] = pool.cache(OTHER_CASE, b"4")
-    [own] = pool.cache(CASE, b"5")
-    taken = [ids(pool.allocate([CASE], CASE))[0] for _ in range(5)]
-    assert taken == [own, sibling, rival, plan, public]
+    [other_plan] = pool.cache(Zone.parse("tenant/rival/plan/p"), b"4")
+    [sibling] = pool.cache(OTHER_CASE, b"5")
+    [own] = pool.cache(CASE, b"6")
+    taken = [ids(pool.allocate([CASE], CASE))[0] for _ in range(6)]
+    assert taken == [own, sibling, plan, rival, other_plan, public]
+
+
+def test_an_ephemeral_request_of_a_tenant_takes_that_tenants_cases_first() -> None:
+    pool = Pool(3)
+    pool.cache(RIVAL_CASE, b"1")
+    [plan] = pool.cache(PLAN, b"2")
+    [case] = pool.cache(CASE, b"3")
+    taken = [ids(pool.allocate([EPHEMERAL], EPHEMERAL, tenant="acme"))[0] for _ in range(2)]
+    assert taken == [case, plan]
 
 
 def test_a_public_requester_evicts_public_blocks_last_too() -> None:

@@ -235,28 +235,28 @@ def test_a_purge_reaches_idle_blocks_at_once_and_those_in_use_when_they_are_free
     engine, prompt = ToyEngine(), tokens_of(1, 16)
     engine.add_request(make_request("a", prompt, CASE))
     engine.step()
-    assert engine.purge(CASE.path) == 4
+    assert engine.purge(CASE.path, 0).num_findable == 4
     engine.run(make_request("b", prompt, CASE, max_tokens=1))
     assert engine.last("b").num_cached_tokens == 0
     engine.run()
     assert engine.tokens("a") == expected(prompt)
     # `b` came after the purge: its blocks are the only ones left.
     assert engine.stats().blocks_cached == 4
-    assert engine.purge(CASE.path) == 4
+    assert engine.purge(CASE.path, 0).num_findable == 4
     assert not engine.runner.kv_buffer.any()
 
 
 def test_a_request_that_was_waiting_at_the_purge_leaves_nothing_findable() -> None:
     engine, prompt = ToyEngine(), tokens_of(1, 16)
     engine.add_request(make_request("a", prompt, CASE))
-    engine.purge(CASE.path)
+    engine.purge(CASE.path, 0)
     engine.run()
     assert engine.stats().blocks_cached == 0
 
 
 def test_a_path_that_is_no_zone_cannot_be_purged() -> None:
     with pytest.raises(RequestError, match="zone path"):
-        ToyEngine().purge("tenant/acme")
+        ToyEngine().purge("tenant/acme", 0)
 
 
 def test_a_digest_that_forgets_the_zone_stops_the_engine() -> None:
@@ -749,7 +749,7 @@ def test_a_fall_back_counts_its_prompt_by_where_it_came_from_in_the_end() -> Non
     pair.reserve(prompt)
     assert pair.reservation.num_cached_tokens == 16
     pair.decode.prefill_locally("r")
-    pair.decode.purge(CASE.path)
+    pair.decode.purge(CASE.path, 0)
     pair.decode.run()
     last = pair.decode.last("r")
     assert (last.num_cached_tokens, last.num_local_prompt_tokens) == (0, 30)
@@ -827,7 +827,7 @@ def test_a_reservation_purged_in_flight_lands_but_is_not_found() -> None:
     pair, prompt = Pair(), tokens_of(1, 30)
     pair.reserve(prompt)
     pair.accept()
-    pair.decode.purge(CASE.path)
+    pair.decode.purge(CASE.path, 0)
     pair.land()
     assert pair.decode.num_cached_prompt_tokens(make_request("x", prompt, CASE)) == 0
     pair.decode.run()

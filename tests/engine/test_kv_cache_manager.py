@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from engine import kv_cache_manager
 from engine.block_pool import BlockPool
 from engine.errors import IntegrityError
-from engine.kv_cache_manager import KVCacheManager
+from engine.kv_cache_manager import KVCacheManager, PurgeCount
+from engine.quotas import NO_QUOTAS, Quota, Quotas
 from engine.request import Request
 from engine.zone import EPHEMERAL, PUBLIC, Zone, ZoneSpan
 from tests.engine.toy_model import (
@@ -28,11 +28,15 @@ PROMPT = tokens_of(1, 14)  # three full blocks of 4 and a tail
 
 
 class Cache(KVCacheManager):
-    def __init__(self, num_blocks: int = 16) -> None:
+    def __init__(self, num_blocks: int = 16, quotas: Quotas = NO_QUOTAS) -> None:
         self.scrubbed: list[int] = []
         self.clock = FakeClock()
         super().__init__(
-            BlockPool(num_blocks, self.scrubbed.extend), toy_hasher(), 4, clock=self.clock, case_idle_ttl_s=900.0
+            BlockPool(num_blocks, self.scrubbed.extend, quotas=quotas),
+            toy_hasher(),
+            4,
+            clock=self.clock,
+            case_idle_ttl_s=900.0,
         )
 
     def compute(self, request: Request, *, free: bool = False) -> list[int]:
@@ -295,7 +299,7 @@ def test_a_purge_makes_cached_blocks_unfindable_and_keeps_live_requests_from_pub
     one = request("a", zone=spans)
     cache.compute(one)
     cache.compute(request("gone", tokens_of(9, 9)), free=True)
-    assert cache.purge(CASE, [one]) == 4  # two in use, two idle
+    assert cache.purge(CASE, 0, [one]) == PurgeCount(4, 2, 3, 0)  # two in use and the tail, two idle
     assert len(cache.match_prefix(request("b", zone=spans))) == 1  # the public block
     one.output_token_ids += [1, 2, 3]
     assert cache.extend(one, 17)
@@ -311,7 +315,7 @@ def test_a_purge_holds_for_a_live_request_that_has_to_be_computed_again() -> Non
     cache = Cache()
     one = request("a")
     cache.compute(one)
-    cache.purge(CASE, [one])
+    cache.purge(CASE, 0, [one])
     cache.free(one)  # preempted
     cache.compute(one, free=True)
     assert cache.pool.num_idle == 0
@@ -320,7 +324,7 @@ def test_a_purge_holds_for_a_live_request_that_has_to_be_computed_again() -> Non
 def test_a_new_request_of_a_purged_zone_may_cache_again() -> None:
     cache = Cache()
     cache.compute(request("a"), free=True)
-    cache.purge(CASE, [])
+    cache.purge(CASE, 0, [])
     assert cache.match_prefix(request("b")) == []
     cache.compute(request("b"), free=True)
     assert len(cache.match_prefix(request("c"))) == 3
@@ -329,7 +333,7 @@ def test_a_new_request_of_a_purged_zone_may_cache_again() -> None:
 def test_purging_one_zone_leaves_the_others() -> None:
     cache = Cache()
     cache.compute(request("a", zone=OTHER_CASE), free=True)
-    assert cache.purge(CASE, []) == 0
+    assert cache.purge(CASE, 0, []) == PurgeCount()
     assert len(cache.match_prefix(request("b", zone=OTHER_CASE))) == 3
 
 
@@ -381,19 +385,22 @@ def test_plan_and_public_blocks_do_not_expire_with_cases() -> None:
     assert cache.expire(cache.clock()) == 0
 
 
-def test_the_number_of_cases_tracked_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache_manager, "MAX_TRACKED_CASES", 2)
-    cache = Cache(32)
-    for index in range(5):
+def test_only_cases_that_have_idle_blocks_are_tracked_and_no_one_elses_flood_makes_a_case_expire() -> None:
+    cache = Cache(16, Quotas(tenants={"rival": Quota(floor=3)}))
+    cache.compute(request("kept", zone=RIVAL_CASE), free=True)
+    for index in range(100):
         zone = Zone.parse(f"tenant/acme/case/c{index}")
         cache.compute(request(f"r{index}", zone=zone), free=True)
-    assert len(cache._case_last_used_s) == 2
-    assert cache.pool.num_idle == 6
+        assert len(cache._case_last_used_s) <= 33
+    assert len(cache.match_prefix(request("again", zone=RIVAL_CASE))) == 3
+    cache.clock.now_s += 900.0
+    cache.expire(cache.clock())
+    assert (cache.pool.num_idle, len(cache._case_last_used_s)) == (0, 0)
 
 
 def test_check_notices_a_reference_that_no_table_holds() -> None:
     cache = Cache()
     cache.compute(request("a"))
-    cache.pool.acquire(cache.table("a").block_ids[0])
+    cache.pool.acquire([cache.table("a").block_ids[0]])
     with pytest.raises(IntegrityError, match="no table holds"):
         cache.check()

@@ -22,6 +22,7 @@ from engine.block_hash import BlockHasher, HashContext
 from engine.draw import NumpyRowChooser, RowChooser
 from engine.engine import Engine, RequestOutput, Reservation
 from engine.kv_cache import KVCacheLayout
+from engine.quotas import NO_QUOTAS, Quotas
 from engine.request import Request, SamplingParams
 from engine.sampler import SampledToken
 from engine.scheduler import ScheduledChunk, SchedulerConfig
@@ -159,7 +160,9 @@ def toy_hasher(key: bytes = b"k" * 32, **changes: str) -> BlockHasher:
 class ToyEngine(Engine):
     """The real engine on a toy runner; keeps every output and its parts at hand."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = BLOCK_SIZE, **config: int) -> None:
+    def __init__(
+        self, num_blocks: int = 64, block_size: int = BLOCK_SIZE, *, quotas: Quotas = NO_QUOTAS, **config: int
+    ) -> None:
         self.runner = ToyRunner(num_blocks, block_size)
         self.clock = FakeClock()
         self.outputs: dict[str, list[RequestOutput]] = {}
@@ -171,6 +174,7 @@ class ToyEngine(Engine):
             num_blocks=num_blocks,
             clock=self.clock,
             case_idle_ttl_s=900.0,
+            quotas=quotas,
         )
 
     def step(self) -> list[RequestOutput]:
@@ -218,6 +222,7 @@ def make_request(
     ignore_eos: bool = True,
     priority: int = 0,
     epoch: int = 0,
+    tenant: str = "",
     is_prefill_only: bool = False,
     output_token_ids: Sequence[int] = (),
     **sampling: object,
@@ -231,6 +236,7 @@ def make_request(
         sampling=params,
         zone_spans=spans,
         epoch=epoch,
+        tenant=tenant,
         priority=priority,
         is_prefill_only=is_prefill_only,
         output_token_ids=list(output_token_ids),

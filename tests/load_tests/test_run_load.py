@@ -50,7 +50,8 @@ def test_status_of_locust_alone_fails_the_run() -> None:
 
 def test_server_gets_keys_of_its_own_that_only_the_owner_reads(tmp_path: Path) -> None:
     for _ in range(2):  # a second run replaces the files of the first
-        prepared, key_file = local._prepare(tmp_path, local.LOCAL_CONFIG, 8123)
+        prepared, key_files = local._prepare(tmp_path, local.LOCAL_CONFIG, 8123)
+    key_file = key_files[local.PRINCIPAL["principal"]]
     settings = yaml.safe_load(prepared.read_text(encoding="utf-8"))
     assert settings["ingress"]["port"] == 8123
     assert settings["trust"]["create_missing"] is False
@@ -63,10 +64,10 @@ def test_prepared_configuration_is_one_that_the_deployment_takes(tmp_path: Path)
     from deployments.config import load_config
     from deployments.trust.principals import Principals, read_master_key
 
-    prepared, key_file = local._prepare(tmp_path, local.LOCAL_CONFIG, 8123)
+    prepared, key_files = local._prepare(tmp_path, local.LOCAL_CONFIG, 8123)
     config = load_config(prepared)
     assert read_master_key(config.trust.master_key_file)
-    key = key_file.read_text(encoding="utf-8").strip()
+    key = key_files[local.PRINCIPAL["principal"]].read_text(encoding="utf-8").strip()
     principal = Principals.from_file(config.trust.keys_file).authenticate(f"Bearer {key}")
     assert principal is not None
     assert principal.zone.path == local.PRINCIPAL["zone"]

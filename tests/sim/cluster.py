@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray.exceptions import ActorDiedError
@@ -20,19 +20,25 @@ from ray.exceptions import ActorDiedError
 from deployments.config import ZoneserveConfig
 from deployments.decode import DecodeReplica
 from deployments.engine_host import EngineHost, HostObserver
+from deployments.errors import AuditUnavailable
 from deployments.messages import GenerateCall, Provenance
 from deployments.prefill import PrefillReplica
 from deployments.replica import EngineReplica, ReplicaParts, compatibility, kv_pool, scheduler_config
+from deployments.trust.audit import AuditEvent
+from deployments.trust.epochs import EpochStore, stamped
+from deployments.trust.trail import AuditTrail
+from deployments.trust.zone_grant import GrantSealer
 from engine.engine import Engine
 from engine.errors import IntegrityError
 from engine.request import SamplingParams
-from engine.zone import PUBLIC, Zone, ZoneSpan
-from tests.deployments.support import local_config
+from engine.zone import PUBLIC, Zone, ZoneSpan, joined_zone
+from tests.deployments.support import GRANT_KEY, local_config
 from tests.engine.toy_model import BLOCK_SIZE, ToyModel, ToyRunner, toy_hasher, toy_tokenizer
 from tests.sim.serve_double import Network, PrefillHandle, ServedReplica
 from transfer.local_connector import NO_FAULT, Fault, LocalConnector, LocalFabric, _Flight
 
-TRANSFER_KEY = bytes(range(32))
+TRANSFER_KEY, NEW_TRANSFER_KEY = bytes(range(32)), bytes(range(1, 33))
+NEW_GRANT_KEY = b"h" * 32
 MAX_MODEL_LEN = 96
 STEP_S = 0.003
 QUIET_LIMIT_S = 400.0  # longer than every named limit of a handoff taken together
@@ -142,6 +148,27 @@ class SteppedHost(EngineHost):
         self.fault = RuntimeError("killed")
 
 
+class Log:
+    """In the place of an audit log's writer: keeps the events in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.events: list[AuditEvent] = []
+        self.is_writable = True
+
+    def require_writable(self) -> None:
+        if not self.is_writable:
+            raise AuditUnavailable("the audit log cannot be written")
+
+    def append(self, event: AuditEvent) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def fields(self, kind: str) -> list[dict[str, Any]]:
+        return [dict(event.fields) for event in self.events if event.kind == kind]
+
+
 @dataclass
 class Answer:
     """What one client saw."""
@@ -192,6 +219,9 @@ class Cluster:
         self.fabric = LoopFabric(self.network)
         self.pool = PrefillHandle(self.network)
         self.answers: list[Answer] = []
+        self.log = Log()
+        self.epochs = EpochStore(None)
+        self.grants = GrantSealer((GRANT_KEY,), asyncio.get_running_loop().time)
         self.engines: dict[str, Engine] = {}
         self.hosts: list[EngineHost] = []
         for _ in range(num_prefill):
@@ -254,7 +284,9 @@ class Cluster:
             runner=runner,
             tokenizer=tokenizer,
             connector=connector,
-            transfer_key=TRANSFER_KEY,
+            transfer_keys=(TRANSFER_KEY,),
+            grant_keys=(GRANT_KEY,),
+            trail=AuditTrail(self.log),  # type: ignore[arg-type]
             make_host=self._make_host,
             unix_time_s=asyncio.get_running_loop().time,
         )
@@ -278,14 +310,21 @@ class Cluster:
         replica: DecodeReplica | None = None,
         priority: int = 0,
         pause_s: float = 0.0,
+        spoil: Callable[[GenerateCall], GenerateCall] = lambda call: call,
         **sampling: Any,
     ) -> tuple[Answer, asyncio.Task[None]]:
-        """Start one request; cancelling the task is the client leaving. `pause_s`: how long it takes over an event."""
+        """Start one request; cancelling the task is the client leaving. `pause_s`: how long it takes over an event.
+
+        `spoil`: what becomes of the call after the ingress has sealed it.
+        """
         params = SamplingParams(**{"ignore_eos": True, "max_tokens": 6, **sampling})
-        spans = (ZoneSpan(len(prompt), zone),) if isinstance(zone, Zone) else zone
+        spans = stamped((ZoneSpan(len(prompt), zone),) if isinstance(zone, Zone) else zone, self.epochs)
+        own = joined_zone(spans)
         call = GenerateCall(
-            request_id or f"gen-{len(self.answers)}", prompt, params, spans, timeout_s=60.0, priority=priority
-        )
+            request_id or f"gen-{len(self.answers)}", prompt, params, spans, timeout_s=60.0, priority=priority,
+            epoch=self.epochs.epoch_of(own), tenant=own.tenant,
+        )  # fmt: skip
+        call = spoil(replace(call, grant=self.grants.seal(call)))
         answer = Answer(prompt, params)
         self.answers.append(answer)
         task = asyncio.get_running_loop().create_task(self._read(replica or self.decode, call, answer, pause_s))
@@ -357,6 +396,17 @@ class Cluster:
                 assert not served.responses
         assert self.pool.counts["chosen"] == self.pool.counts["left"], "a replica's slot was not given back"
         self._check_counts()
+        self._check_log()
+
+    def _check_log(self) -> None:
+        """What landed is recorded once, under the name by which the other side knows it."""
+        received, sent = self.log.fields("transfer.recv"), self.log.fields("transfer.send")
+        sent_digests = Counter(record["ticket_digest"] for record in sent)
+        assert len(received) >= self.outcomes()["landed"]
+        assert max((sent_digests + Counter(record["ticket_digest"] for record in received)).values(), default=0) <= 2
+        for record in received:
+            other = next((item for item in sent if item["ticket_digest"] == record["ticket_digest"]), record)
+            assert record | {"peer": other["peer"]} == other, "both sides tell the same of one transfer"
 
     def _check_replica(self, replica: EngineReplica) -> None:
         host = replica.host
@@ -381,6 +431,15 @@ class Cluster:
         assert not told - fallbacks, "a fallback that was not counted"
         recomputed = sum(answer.provenance.recomputed_tokens for answer in self.answers if answer.provenance)
         assert sum(decode.metrics.recomputed._value.get() for decode in self.decodes) == recomputed
+
+    def rotate(self, transfer_keys: tuple[bytes, ...], grant_keys: tuple[bytes, ...]) -> None:
+        """Every process takes the new rings at once."""
+        self.grants.set_keys(grant_keys)
+        for replica in (*self.decodes, *(served.replica for served in self.pool.replicas)):
+            replica.rotate(transfer_keys, grant_keys)
+
+    def grant_refusals(self, replica: EngineReplica) -> Counter[str]:
+        return _counter(replica.metrics.grant_refusals, "reason")
 
     def outcomes(self) -> Counter[str]:
         return sum((_counter(decode.metrics.handoffs, "outcome") for decode in self.decodes), Counter())

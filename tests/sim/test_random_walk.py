@@ -10,8 +10,9 @@ import pytest
 
 from engine.engine import Engine
 from engine.zone import PUBLIC, Zone, ZoneSpan
+from tests.deployments.support import GRANT_KEY
 from tests.engine.toy_model import CASE, EOS, OTHER_CASE, PLAN, tokens_of
-from tests.sim.cluster import Cluster, fail_next_step, running_cluster
+from tests.sim.cluster import NEW_GRANT_KEY, TRANSFER_KEY, Cluster, fail_next_step, running_cluster
 from tests.sim.virtual_time import run_in_virtual_time
 from transfer.local_connector import Fault
 
@@ -85,7 +86,7 @@ async def disasters(cluster: Cluster) -> None:
     for _ in range(draw.randint(0, 3)):
         await asyncio.sleep(draw.uniform(0, 0.4))
         alive = [served for served in cluster.pool.replicas if served.is_alive]
-        match draw.choice(("kill", "break prefill", "break decode", "stall", "stall", "purge", "purge")):
+        match draw.choice(("kill", "break prefill", "break decode", "stall", "stall", "purge", "purge", "rotate")):
             case "kill" if alive:
                 cluster.kill_prefill(draw.choice(alive))
             case "break prefill" if alive:
@@ -97,9 +98,13 @@ async def disasters(cluster: Cluster) -> None:
                 delay_s = draw.choice((0.1, 3.0, 20.0))
                 asyncio.get_running_loop().call_later(delay_s, cluster.fabric.resume, decode.connector.name)
             case "purge":
-                path = draw.choice(ZONES).path
+                zone = draw.choice(ZONES)
+                epoch = cluster.epochs.raise_epoch(zone)
                 for replica in (decode, *(served.replica for served in alive)):
-                    replica.host.post(partial(Engine.purge, zone_path=path))
+                    replica.host.post(partial(Engine.purge, zone_path=zone.path, epoch=epoch))
+            case "rotate":
+                ring = (cluster.random.randbytes(32), TRANSFER_KEY)[: draw.choice((1, 2))]
+                cluster.rotate(ring, (NEW_GRANT_KEY, GRANT_KEY))
 
 
 async def one_run(seed: int) -> Counter[str]:

@@ -51,7 +51,7 @@ class Peer:
         raise ValueError(command["do"])
 
     async def accept(self, command: dict[str, Any]) -> None:
-        sealer = TicketSealer(KEY, time.time)
+        sealer = TicketSealer((KEY,), time.time)
         verifier = TicketVerifier(
             sealer,
             ReplayGuard(time.time),
@@ -59,7 +59,7 @@ class Peer:
             weights_digest=WEIGHTS,
             agent_name=self.connector.name,
         )
-        sender = HandoffSender(self.connector, verifier, KEY)
+        sender = HandoffSender(self.connector, verifier)
         sealed, handshake = bytes.fromhex(command["sealed"]), bytes.fromhex(command["handshake"])
         self.session = await sender.accept(sealed, handshake, Expectation(ZONE, 0))
 

@@ -21,6 +21,7 @@ from transfer.ticket import Expectation, ReplayGuard, TicketSealer, TicketVerifi
 LAYOUT = KVCacheLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32")
 NUM_BLOCKS = 64
 KEY = bytes(range(32))
+NEW_KEY = bytes(range(100, 132))
 WEIGHTS = "weights-a"
 ZONE = "tenant/t/case/c"
 CANARY = 0xA5
@@ -96,6 +97,7 @@ class Ends:
     sender: HandoffSender
     receiver: HandoffReceiver
     generations: dict[int, int]
+    sealers: tuple[TicketSealer, TicketSealer]  # the sender's and the receiver's
 
     def issue(self, block_ids: list[int], **changes: Any) -> Landing:
         options: dict[str, Any] = {
@@ -119,9 +121,9 @@ class Ends:
 def make_ends(pair: Pair, *, write_timeout_s: float = 10.0, clock: Callable[[], float] = time.time) -> Ends:
     layout = pair.sender.pool.layout
     generations = dict.fromkeys(range(pair.receiver.pool.num_blocks), 1)
-    sealer = TicketSealer(KEY, clock)
+    sealers = (TicketSealer((KEY,), clock), TicketSealer((KEY,), clock))
     verifier = TicketVerifier(
-        sealer,
+        sealers[0],
         ReplayGuard(clock),
         layout_fingerprint=layout.fingerprint(),
         weights_digest=WEIGHTS,
@@ -129,14 +131,13 @@ def make_ends(pair: Pair, *, write_timeout_s: float = 10.0, clock: Callable[[], 
     )
     receiver = HandoffReceiver(
         pair.receiver,
-        sealer,
-        KEY,
+        sealers[1],
         weights_digest=WEIGHTS,
         generations_of=lambda block_ids: tuple(generations[block] for block in block_ids),
         clock=clock,
     )
-    sender = HandoffSender(pair.sender, verifier, KEY, write_timeout_s=write_timeout_s, clock=clock)
-    return Ends(pair, sender, receiver, generations)
+    sender = HandoffSender(pair.sender, verifier, write_timeout_s=write_timeout_s, clock=clock)
+    return Ends(pair, sender, receiver, generations, sealers)
 
 
 @asynccontextmanager

@@ -8,7 +8,19 @@ from dataclasses import replace
 import pytest
 
 from engine.kv_cache import KVCacheLayout
-from tests.transfer.support import CANARY, KEY, LAYOUT, NUM_BLOCKS, ZONE, Ends, block_bytes, handoff_ends, run, until
+from tests.transfer.support import (
+    CANARY,
+    KEY,
+    LAYOUT,
+    NEW_KEY,
+    NUM_BLOCKS,
+    ZONE,
+    Ends,
+    block_bytes,
+    handoff_ends,
+    run,
+    until,
+)
 from transfer import handoff
 from transfer.handoff import LandingRefused, PushFailed
 from transfer.local_connector import Fault
@@ -211,6 +223,57 @@ def test_blocks_handed_out_anew_while_they_are_digested_are_refused(monkeypatch:
 
             monkeypatch.setattr(handoff, "_update_digest", slow)
             assert (await refused(ends, landing)).fault is HandoffFault.STALE_GENERATION
+
+    run(body)
+
+
+@pytest.mark.parametrize("moment", range(5))
+@pytest.mark.parametrize("aborts", [False, True])
+def test_keys_that_change_at_any_moment_of_a_handoff_break_nothing(moment: int, aborts: bool) -> None:
+    """Its tickets, digests and notices stay under the key that it began with, though the ring has forgotten it."""
+    now = iter(range(5))
+
+    async def body() -> None:
+        async with handoff_ends("local") as ends:
+
+            def pass_a_moment() -> None:
+                if next(now) == moment:
+                    for sealer in ends.sealers:
+                        sealer.set_keys((NEW_KEY, KEY) if moment == 1 else (NEW_KEY,))  # sealed, not opened yet
+
+            pass_a_moment()
+            landing = ends.issue([1, 2, 3])
+            pass_a_moment()
+            session = await ends.accept(landing)
+            pass_a_moment()
+            session.push([4, 5])
+            pass_a_moment()
+            if aborts:
+                assert await session.abort(AbortReason.PREFILL_FAILED)
+            else:
+                session.push([6])
+                await session.finish()
+            pass_a_moment()
+            if aborts:
+                assert (await refused(ends, landing)).fault is HandoffFault.ABORTED
+                landing.release_when_fenced(Freed())
+            else:
+                assert (await landing.landed(WAIT_S)).num_blocks == 3
+            assert ends.receiver.stats().forged_notices == 0
+
+    run(body)
+
+
+def test_ticket_under_a_key_that_the_sender_does_not_know_yet_is_refused_and_counted() -> None:
+    async def body() -> None:
+        async with handoff_ends("local") as ends:
+            ends.sealers[1].set_keys((NEW_KEY, KEY))
+            landing = ends.issue([1])
+            with pytest.raises(TicketRefused, match="forged"):
+                await ends.accept(landing)
+            assert ends.sender.stats().refused["forged"] == 1
+            landing.confirm_fence()
+            landing.release_when_fenced(Freed(), HandoffFault.NOT_SENT)
 
     run(body)
 

@@ -53,11 +53,10 @@ class World:
         self.fabric = LocalFabric(lambda: self.now_s)
         self.pool = make_pool(fill=0)
         self.decode = LocalConnector("decode", self.pool, self.fabric)
-        self.sealer = TicketSealer(KEY, lambda: self.now_s)
+        self.sealer = TicketSealer((KEY,), lambda: self.now_s)
         self.receiver = HandoffReceiver(
             self.decode,
             self.sealer,
-            KEY,
             weights_digest=WEIGHTS,
             generations_of=lambda ids: tuple(self.generations[block] for block in ids),
             clock=lambda: self.now_s,
@@ -104,7 +103,7 @@ class World:
             weights_digest=WEIGHTS,
             agent_name=connector.name,
         )
-        sender = HandoffSender(connector, verifier, KEY, write_timeout_s=2.0, clock=lambda: self.now_s)
+        sender = HandoffSender(connector, verifier, write_timeout_s=2.0, clock=lambda: self.now_s)
         await self.decode.connect(connector.handshake())
         self.senders[connector.name] = (connector, sender)
 

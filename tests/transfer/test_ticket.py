@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.transfer.support import KEY, LAYOUT, WEIGHTS, ZONE
+from tests.transfer.support import KEY, LAYOUT, NEW_KEY, WEIGHTS, ZONE
 from transfer import wire
 from transfer.ticket import (
     MAX_SEALED_BYTES,
@@ -38,7 +38,7 @@ TICKET = Ticket(
     expires_at_s=NOW_S + 30,
     sender="prefill-" + "1" * 32,
 )
-EXPECTED = Expectation(zone=ZONE, epoch=3, num_prompt_tokens=70)
+EXPECTED = Expectation(zone=ZONE, epoch=3, num_prompt_tokens=70, request_id="r1", epoch_floor=3)
 
 
 class Clock:
@@ -59,7 +59,7 @@ def make_verifier(
     max_nonces: int = 100,
 ) -> TicketVerifier:
     return TicketVerifier(
-        TicketSealer(key, clock),
+        TicketSealer((key,), clock),
         ReplayGuard(clock, max_nonces),
         layout_fingerprint=layout,
         weights_digest=weights,
@@ -74,12 +74,12 @@ def reason_of(verifier: TicketVerifier, sealed: bytes, expected: Expectation = E
 
 
 def sealed_by(clock: Clock, ticket: Ticket = TICKET) -> bytes:
-    return TicketSealer(KEY, clock).seal(ticket)
+    return TicketSealer((KEY,), clock).seal(ticket).sealed
 
 
 def test_ticket_survives_its_seal() -> None:
     clock = Clock()
-    assert make_verifier(clock).verify(sealed_by(clock), EXPECTED) == TICKET
+    assert make_verifier(clock).verify(sealed_by(clock), EXPECTED).ticket == TICKET
 
 
 def test_sealed_ticket_shows_nothing_of_its_content() -> None:
@@ -172,7 +172,7 @@ def test_guard_full_of_live_nonces_fails_closed_and_forgets_expired_ones() -> No
     third = replace(TICKET, nonce=bytes([9] * 16), expires_at_s=NOW_S + 60)
     assert reason_of(verifier, sealed_by(clock, third)) is RefusalReason.OVERLOADED
     clock.now_s = NOW_S + 31
-    assert verifier.verify(sealed_by(clock, third), EXPECTED) == third
+    assert verifier.verify(sealed_by(clock, third), EXPECTED).ticket == third
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,9 @@ def test_guard_full_of_live_nonces_fails_closed_and_forgets_expired_ones() -> No
     [
         (replace(EXPECTED, zone="tenant/t/case/other"), {}, RefusalReason.WRONG_ZONE),
         (replace(EXPECTED, epoch=4), {}, RefusalReason.WRONG_EPOCH),
+        (replace(EXPECTED, epoch=2), {}, RefusalReason.WRONG_EPOCH),
+        (replace(EXPECTED, epoch_floor=4), {}, RefusalReason.WRONG_EPOCH),
+        (replace(EXPECTED, request_id="r2"), {}, RefusalReason.WRONG_REQUEST),
         (EXPECTED, {"layout": "other"}, RefusalReason.WRONG_LAYOUT),
         (EXPECTED, {"weights": "other"}, RefusalReason.WRONG_WEIGHTS),
         (replace(EXPECTED, num_prompt_tokens=71), {}, RefusalReason.WRONG_PROMPT),
@@ -198,7 +201,40 @@ def test_ticket_for_something_else_is_refused_and_not_spent(
 
 def test_short_transfer_key_is_refused() -> None:
     with pytest.raises(ValueError):
-        TicketSealer(bytes(31), Clock())
+        TicketSealer((bytes(31),), Clock())
+
+
+def test_a_ring_seals_with_its_newest_key_and_opens_with_any() -> None:
+    clock = Clock()
+    sealer = TicketSealer((NEW_KEY, KEY), clock)
+    assert sealer.open(sealed_by(clock)).transfer_key == KEY
+    sealed = sealer.seal(TICKET)
+    assert sealed.transfer_key == NEW_KEY
+    assert TicketSealer((NEW_KEY,), clock).open(sealed.sealed) == sealed
+    with pytest.raises(TicketRefused, match="forged"):
+        TicketSealer((KEY,), clock).open(sealed.sealed)
+
+
+def test_a_ticket_under_a_key_that_has_left_the_ring_is_refused_as_forged() -> None:
+    clock = Clock()
+    sealer = TicketSealer((KEY,), clock)
+    sealed = sealer.seal(TICKET)
+    sealer.set_keys((NEW_KEY, KEY))
+    assert sealer.open(sealed.sealed) == sealed
+    sealer.set_keys((NEW_KEY,))
+    with pytest.raises(TicketRefused, match="forged"):
+        sealer.open(sealed.sealed)
+
+
+def test_the_key_named_by_the_header_is_part_of_what_is_sealed() -> None:
+    clock = Clock()
+    one, other = TicketSealer((KEY,), clock).seal(TICKET).sealed, TicketSealer((NEW_KEY,), clock).seal(TICKET).sealed
+    with pytest.raises(TicketRefused, match="forged"):
+        TicketSealer((NEW_KEY, KEY), clock).open(other[:9] + one[9:])
+
+
+def test_an_opened_ticket_does_not_show_its_key() -> None:
+    assert repr(KEY)[2:-1] not in repr(TicketSealer((KEY,), Clock()).seal(TICKET))
 
 
 @pytest.mark.parametrize(

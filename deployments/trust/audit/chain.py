@@ -17,6 +17,7 @@ from enum import Enum
 from deployments.trust.audit.record import MAX_RECORD_BYTES, AuditEvent, Value, canonical, parse_canonical
 from engine.block_hash import derive_key
 
+CHAIN_KEY_INFO = b"audit-chain"  # what a chain's key is derived for
 STREAM_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _KIND = re.compile(r"[a-z.]{1,64}")
@@ -114,7 +115,7 @@ class Record:
 
 
 def chain_key(master_key: bytes) -> bytes:
-    return derive_key(master_key, b"audit-chain")
+    return derive_key(master_key, CHAIN_KEY_INFO)
 
 
 def seal(event: AuditEvent, *, stream: str, time_ms: int, head: Head, key: bytes) -> Record:

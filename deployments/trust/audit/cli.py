@@ -1,4 +1,4 @@
-"""`zoneserve audit verify | show | export`."""
+"""`zoneserve audit verify | show | export | replay`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deployments.trust.audit.chain import Head, Record, chain_key
+from deployments.trust.audit.chain import CHAIN_KEY_INFO, Head, Record
 from deployments.trust.audit.files import AuditDirectory, AuditError
 from deployments.trust.audit.verify import Verification, merged, verify
 from deployments.trust.key_files import KeyFileError
-from deployments.trust.principals import read_master_key
+from deployments.trust.keyring import read_keyring
 
-audit_app = typer.Typer(no_args_is_help=True, help="The audit log: verify, show, export.")
+audit_app = typer.Typer(no_args_is_help=True, help="The audit log: verify, show, export, and reviews replayed.")
 out = Console()
 err = Console(stderr=True)
 
 DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of the logs.")]
-KeyOption = Annotated[Path, typer.Option("--master-key-file", help="The deployment's master key.")]
+KeyOption = Annotated[
+    Path, typer.Option("--master-key-file", help="The deployment's master keys; each log is read under its own.")
+]
 AnchorOption = Annotated[
     list[str] | None,
     typer.Option("--anchor", metavar="SEQ:HASH", help="A head kept elsewhere, as `show` prints it; repeatable."),
@@ -89,6 +91,66 @@ def export(
     raise typer.Exit(0 if result.is_intact else 1)
 
 
+@audit_app.command()
+def replay(
+    review_id: Annotated[str, typer.Argument(metavar="REVIEW_ID", help="As the review and its record have it.")],
+    *,
+    directory: Annotated[Path, typer.Option("--dir", help="The directory of the deployment's audit logs.")],
+    master_key_file: KeyOption,
+    claim: Annotated[
+        list[Path],
+        typer.Option("--claim", metavar="FILE", help="The claim file as it was submitted; repeat it as the call had."),
+    ],
+    url: Annotated[str, typer.Option(help="The deployment that does the review again.")],
+    key_file: Annotated[Path, typer.Option("--key-file", help="Bearer key of the tenant whose review it is.")],
+    review: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The stored review (JSON): tells the first field that differs.")
+    ] = None,
+    record: Annotated[
+        str | None, typer.Option(metavar="LOG:SEQ", help="Which record of the review counts; else the oldest.")
+    ] = None,
+) -> None:
+    """Do a review again and hold it against its audit record.
+
+    What a member's earlier claims in the same call said is part of a review: give the whole file, or all files in
+    their order, as they were submitted, not the one claim. Every claim in them is reviewed again, and each of these
+    reviews is audited as any is.
+
+    Two runs can be compared where model, arithmetic, policy, manifests, schema, rules, plan and token limit are the
+    same. No content is shown. Exit status: 0 identical, 1 different, 2 not comparable (a broken chain, no such record,
+    another claim, other conditions, no answer).
+    """
+    from deployments.local import Endpoint
+    from deployments.review_client import ReviewClientError, read_files
+    from deployments.trust import replay as replaying
+
+    try:
+        chosen = None if record is None else replaying.RecordName.parse(record)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--record") from error
+    try:
+        keyring = read_keyring(master_key_file)
+        result = replaying.replay(
+            review_id,
+            reviews=replaying.AuditedReviews(directory, keyring),
+            keyring=keyring,
+            files=read_files(claim),
+            endpoint=Endpoint(url.rstrip("/"), replaying.read_bearer_key(key_file)),
+            record=chosen,
+            stored=None if review is None else replaying.read_review(review),
+        )
+    except (replaying.NotComparable, ReviewClientError, AuditError, KeyFileError) as error:
+        _say(err, f"not comparable: {error}")
+        raise typer.Exit(2) from error
+    for line in replaying.lines(result):
+        _say(out, line)
+    raise typer.Exit(0 if result.is_identical else 1)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 @contextmanager
 def _opened(
     path: Path, master_key_file: Path, anchors: list[str] | None = None
@@ -99,9 +161,9 @@ def _opened(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--anchor") from error
     try:
-        key = chain_key(read_master_key(master_key_file))
+        keys = read_keyring(master_key_file).derive(CHAIN_KEY_INFO)
         with closing(AuditDirectory(path)) as directory:
-            result = verify(directory, key, known)
+            result = verify(directory, keys, known)
             if not result.streams:
                 raise AuditError(f"{path}: no audit log here")
             yield directory, result

@@ -124,12 +124,14 @@ def _is_zone(value: Value) -> bool:
 
 # No white space, so that no sentence fits.
 _is_identifier = _matches(rf"[A-Za-z0-9][A-Za-z0-9_.:/-]{{0,{MAX_IDENTIFIER_CHARS - 1}}}")
+_is_arithmetic = _matches(rf"[A-Za-z0-9][A-Za-z0-9_.:/+-]{{0,{MAX_IDENTIFIER_CHARS - 1}}}")  # `+` joins a pool's kinds
 _is_principal = _matches(rf"[A-Za-z0-9][A-Za-z0-9_.:@|/-]{{0,{MAX_IDENTIFIER_CHARS - 1}}}")
 _is_digest = _matches(r"[0-9a-f]{16,64}")
 _is_reason = _matches(rf"[a-z][a-z0-9_.-]{{0,{MAX_REASON_CHARS - 1}}}")
 
 _FIELDS_BY_TYPE: dict[Callable[[Value], bool], str] = {
-    _is_identifier: "request_id review_id segment_id rule plan tenant tool peer profile model arithmetic",
+    _is_identifier: "request_id review_id segment_id rule plan tenant tool peer profile model",
+    _is_arithmetic: "arithmetic",
     _is_principal: "principal approver",
     _is_zone: "zone requester_zone",
     _is_digest: (

@@ -5,9 +5,10 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from deployments.trust.audit.chain import GENESIS, ChainVerifier, Fault, Head, Record
+from deployments.trust.audit.chain import GENESIS, ChainVerifier, Fault, Head, Record, holds_mac
 from deployments.trust.audit.files import AuditDirectory, first_seq_of
 from deployments.trust.audit.record import MAX_RECORD_BYTES
 
@@ -64,19 +65,36 @@ class Verification:
             self.findings.append(finding)
 
 
-def verify(directory: AuditDirectory, key: bytes, anchors: Sequence[Head] = ()) -> Verification:
+def verify(directory: AuditDirectory, keys: Sequence[bytes], anchors: Sequence[Head] = ()) -> Verification:
     """Checks every stream against itself, its anchor file, and the operator's own `anchors`.
 
     Each of `anchors` must be met by some log. A log may begin after one of them: its older files are kept elsewhere.
+
+    Args:
+        keys: Chain keys, newest first, at least one. A process writes its whole stream under the key it started with,
+            so a stream is held against the one key that opens its anchor, and never against two.
     """
     result = Verification()
     unmet = set(anchors) - {GENESIS}
     for stream in directory.streams():
+        key = _key_that_opens(directory, stream, keys)
         result.streams.append(_verify_stream(directory, stream, key, unmet, result))
     for anchor in sorted(unmet, key=str):
         what = f"no log holds record {anchor.seq} with the hash of the anchor given: cut, or replaced"
         result.add(Finding(Fault.TAIL_CUT, "", "", 0, anchor.seq, what))
     return result
+
+
+def _key_that_opens(directory: AuditDirectory, stream: str, keys: Sequence[bytes]) -> bytes:
+    """The key of the stream's anchor; where that opens under none, of its first record; else the newest."""
+    for key in keys:
+        with suppress(ValueError, OSError):
+            if directory.read_anchor(stream, key) is not None:
+                return key
+    with suppress(ValueError, OSError, IndexError, StopIteration):  # no file, no line, no record, none of these keys
+        first = Record.parse(next(directory.lines(directory.logs(stream)[0])))
+        return next(key for key in keys if holds_mac(first, key))
+    return keys[0]
 
 
 def _verify_stream(

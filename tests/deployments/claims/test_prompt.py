@@ -161,6 +161,7 @@ def test_case_names_tell_providers_and_look_alike_ids_apart():
     assert len(names) == 5
     for name in names:
         Zone.parse(f"tenant/acme/case/{name}")
+        assert re.fullmatch("claim-[0-9a-f]{24}", name)  # no identifier: it goes into logs
 
 
 def test_a_correction_of_a_claim_stays_in_its_case():

@@ -1,6 +1,7 @@
 import asyncio
 import copy
 import datetime as dt
+from dataclasses import replace
 
 import pytest
 
@@ -198,12 +199,29 @@ def test_a_claim_is_reviewed_by_the_rules_when_the_model_fails(model, reason):
     assert result.review["flags"][0]["model"] is None
     assert result.review["recommended_action"] == "pay_adjusted"
     assert "rests on the rules alone" in result.narrative_md
-    assert set(result.serving["prompt_tokens_by_origin"]) == {
-        "decode_cache",
-        "prefill_cache",
-        "prefill_computed",
-        "decode_computed",
-    }
+    assert {"finish_reason", "prompt_tokens", "completion_tokens", "ttft_s", "e2e_s"} <= set(result.serving)
+
+
+@pytest.mark.parametrize(
+    "reuse", [None, {"shared": 7, "decode_cache": 1234, "prefill_computed": 5, "prefill_cache": 0}]
+)
+def test_where_tokens_came_from_is_said_only_where_the_model_tells_it(reuse):
+    class Told(ScriptedReviewModel):
+        async def generate(self, prompt, **values):
+            generation = await super().generate(prompt, **values)
+            pushed_bytes = None if reuse is None else 77
+            return replace(generation, prompt_tokens_by_origin=reuse, pushed_bytes=pushed_bytes)
+
+    result = review(OVER_LIMIT, Told())
+    footer = result.narrative_md.splitlines()[-1]
+    assert footer.startswith(f"- prompt tokens {result.serving['prompt_tokens']}")
+    if reuse is None:
+        assert set(result.serving) == {"finish_reason", "prompt_tokens", "completion_tokens", "ttft_s", "e2e_s"}
+        assert footer.split()[-1] == str(result.serving["prompt_tokens"])
+        assert "cache" not in result.narrative_md
+    else:
+        assert (result.serving["prompt_tokens_by_origin"], result.serving["pushed_bytes"]) == (reuse, 77)
+        assert footer.endswith(": 7 of shared text, 1234 cached on decode, 5 computed on prefill")
 
 
 def test_an_abstained_review_of_a_clean_claim_is_still_one():

@@ -52,7 +52,7 @@ def write_log(path: Path, num_events: int = 30, stream: str = "decode-1", clock:
 
 def check(path: Path, key: bytes = KEY, anchors: tuple[Head, ...] = ()) -> Verification:
     with closing(AuditDirectory(path)) as directory:
-        return verify(directory, key, anchors)
+        return verify(directory, [key], anchors)
 
 
 def files(path: Path, stream: str = "decode-1") -> list[Path]:

@@ -7,14 +7,29 @@ import shutil
 import stat
 import subprocess
 import sys
+from contextlib import closing
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from deployments.trust.audit import AuditEvent, cli
-from deployments.trust.audit.chain import Record, holds_hash
-from tests.deployments.trust.audit_support import MASTER_KEY, Clock, check, documents, files, hit, open_log, write_log
+from deployments.trust.audit.chain import Fault, Record, chain_key, holds_hash, seal
+from deployments.trust.audit.files import AuditDirectory
+from deployments.trust.audit.log import AuditLog
+from deployments.trust.audit.verify import verify
+from tests.deployments.trust.audit_support import (
+    MASTER_KEY,
+    OPTIONS,
+    Clock,
+    check,
+    documents,
+    files,
+    hit,
+    open_log,
+    write_log,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +92,46 @@ def test_verify_with_another_key_exits_1(logs: Path, tmp_path: Path) -> None:
     code, text, _ = audit("verify", logs, "--master-key-file", tmp_path / "other.key")
     assert code == 1
     assert "unsigned" in text
+
+
+def test_a_log_is_read_under_the_key_of_the_ring_that_it_was_written_under(
+    logs: Path, tmp_path: Path, key_file: str
+) -> None:
+    """Keys are rotated while logs stay: each stream has one key, its own."""
+    newer = bytes(reversed(MASTER_KEY))
+    with closing(AuditLog(logs, "decode-2", chain_key(newer), OPTIONS, Clock())) as log:
+        log.add([(hit(1), 1_800_000_000_900)])
+        log.commit()
+    (tmp_path / "ring.key").write_text(f"{newer.hex()}\n{MASTER_KEY.hex()}\n")
+    for command in ("verify", "show"):
+        code, text, _ = audit(command, logs, "--master-key-file", tmp_path / "ring.key")
+        assert (code, "intact: " in text, "decode-2: 2 records" in text) == (0, True, True), text
+    code, text, _ = audit("verify", logs, "--master-key-file", key_file)
+    assert code == 1  # decode-2 is of a key that this file does not hold
+    rows = [line.split("│")[1:3] for line in text.splitlines() if "unsigned" in line and "│" in line]
+    assert {log.strip() for _, log in rows} == {"decode-2"}
+
+
+def test_records_of_two_keys_in_one_log_are_not_both_believed(tmp_path: Path) -> None:
+    """Whoever has an old key cannot go on with a log of the new one."""
+    newer = bytes(reversed(MASTER_KEY))
+    write_log(tmp_path / "log", num_events=3)
+    (file,) = files(tmp_path / "log")
+    last = Record.parse(file.read_bytes().splitlines(keepends=True)[-1])
+    forged = seal(hit(9), stream="decode-1", time_ms=last.time_ms, head=last.head, key=chain_key(newer))
+    file.write_bytes(file.read_bytes() + forged.line())
+    with closing(AuditDirectory(tmp_path / "log")) as directory:
+        for keys in permutations([chain_key(MASTER_KEY), chain_key(newer)]):
+            assert verify(directory, keys).counts == {Fault.UNSIGNED: 1}
+
+
+@pytest.mark.parametrize("damage", ["no anchor", "a broken anchor"])
+def test_a_log_without_a_good_anchor_is_read_under_the_key_of_its_first_record(damage: str, logs: Path) -> None:
+    anchor = logs / "decode-1.anchor"
+    anchor.unlink() if damage == "no anchor" else anchor.write_bytes(b"{}\n")
+    with closing(AuditDirectory(logs)) as directory:
+        result = verify(directory, [chain_key(b"n" * 32), chain_key(MASTER_KEY)])
+    assert result.counts == {Fault.ANCHOR: 1}
 
 
 @pytest.mark.parametrize("anchor", ["", "7", "7:ab", "x:" + "0" * 64])

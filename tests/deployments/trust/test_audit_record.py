@@ -175,3 +175,11 @@ def test_text_that_could_be_written_in_two_ways_is_refused(text: str) -> None:
 def test_other_values_have_no_canonical_form(value: object) -> None:
     with pytest.raises(ValueError):
         canonical({"a": value})
+
+
+def test_the_arithmetics_of_a_mixed_pool_are_joined_by_a_plus() -> None:
+    name = "native-avx2-bfloat16+torch-float32-cpu"
+    fields = {"review_id": "r-1", "zone": "ephemeral", "outcome": "answered", "output_digest": DIGEST}
+    assert AuditEvent("review.complete", **fields, arithmetic=name).fields["arithmetic"] == name
+    with pytest.raises(ValueError, match="field model has"):
+        AuditEvent("review.complete", **fields, model=name)

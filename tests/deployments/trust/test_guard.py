@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import operator
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from deployments.claims.model import text_sha256
 from deployments.claims.prompt import LabelledPrompt, Segment
-from deployments.config import AuditSection, JwtSection, TrustSection
-from deployments.errors import AuditUnavailable, Forbidden, Unauthorized
+from deployments.config import AuditSection, ConfigError, JwtSection, TrustSection
+from deployments.errors import AuditUnavailable, Forbidden, SignersUnavailable, Unauthorized
 from deployments.metrics import PREFIX, IngressMetrics, exposition
 from deployments.trust.audit.chain import Record, chain_key
 from deployments.trust.audit.files import AuditDirectory, AuditError
@@ -28,9 +30,11 @@ from deployments.trust.guard import TrustGuard
 from deployments.trust.in_force import TrustState
 from deployments.trust.key_files import KeyFileError
 from deployments.trust.manifest import Manifest, SharedSegment, publish, rfc3339
+from deployments.trust.manifest_floors import FLOORS_NAME, FloorError
 from deployments.trust.manifest_keys import create_signing_key, trust
 from deployments.trust.policy import DEFAULT_POLICY, PolicyError
 from deployments.trust.principals import Principal
+from deployments.trust.tokens import KEYS_MIN_REFETCH_S
 from deployments.trust.trail import MAX_AUTH_DENIALS_PER_S, AuditTrail
 from engine.zone import EPHEMERAL, PUBLIC, Zone
 from load_tests.exposition import Exposition
@@ -84,7 +88,7 @@ class Files:
 
     def records(self) -> list[Record]:
         with closing(AuditDirectory(self.folder / "audit")) as directory:
-            result = verify(directory, chain_key(MASTER_KEY))
+            result = verify(directory, [chain_key(MASTER_KEY)])
             assert result.is_intact, result.findings
             return [r for r in merged(directory, result) if not r.event.startswith("audit.")]
 
@@ -147,6 +151,28 @@ class TestAuthentication:
                 trail.note_auth_denial("no_credential")
         trail.close()
         assert [r.event for r in files.records()] == ["auth.deny"] * (2 * MAX_AUTH_DENIALS_PER_S)
+
+    @pytest.mark.parametrize("age_s", [0, 20])
+    def test_a_token_that_cannot_be_checked_now_is_503_and_says_when_to_come_back(
+        self, age_s: int, files: Files, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The caller's token may be good: a 401 would send it to log in again."""
+        section = JwtSection(jwks_file=files.folder / "none.json", issuer="id", audience="us")
+        token = jwt.encode({}, ec.generate_private_key(ec.SECP256R1()), algorithm="ES256", headers={"kid": "k"})
+        with guarding(files.section(jwt=section)) as (guard, metrics):
+            monkeypatch.setattr(guard._jwks, "_clock", partial(operator.add, time.monotonic(), age_s))
+            with pytest.raises(SignersUnavailable) as refusal:
+                asyncio.run(guard.authenticate(f"Bearer {token}"))
+        assert refusal.value.status == 503
+        assert int(refusal.value.headers()["Retry-After"]) == pytest.approx(KEYS_MIN_REFETCH_S - age_s, abs=2)
+        assert total(metrics, "auth_denials_total", reason="keys_unavailable") == 1
+        assert [r.fields for r in files.records() if r.event == "auth.deny"] == [{"reason": "keys_unavailable"}]
+
+    @pytest.mark.parametrize("url", ["https://[::1", "https://:443/keys"])
+    def test_a_url_that_keys_cannot_come_from_is_a_fault_of_the_configuration(self, url: str, files: Files) -> None:
+        section = JwtSection(jwks_url=url, issuer="id", audience="us")
+        with pytest.raises(ConfigError, match=r"trust\.jwt\.jwks_url: "), guarding(files.section(jwt=section)):
+            pass
 
 
 class TestClientTexts:
@@ -301,6 +327,46 @@ class TestReload:
         assert PLAN in state.in_force().manifests
         assert total(metrics, "manifest_refusals_total", reason="unreadable") == 1
         trail.close()
+
+    def test_a_restart_opens_no_way_back_to_an_older_revision(self, files: Files) -> None:
+        section = files.section(state_dir=files.folder / "state")
+        older, newer = (files.publish(PLAN, {"rubric": RUBRIC}, revision=revision) for revision in (1, 2))
+        with guarding(section):
+            pass
+        newer.unlink()
+        with guarding(section) as (guard, metrics):
+            assert guard.scope(ANN, "review-1").label(REVIEW).zones == (CASE, CASE, CASE)
+            assert total(metrics, "manifest_refusals_total", reason="rolled_back") == 1
+        with guarding(files.section()) as (guard, metrics):  # in memory only: nothing is known of revision 2
+            assert guard._state.in_force().is_shareable(PLAN, text_sha256(RUBRIC))
+        assert older.exists()
+
+    def test_floors_that_cannot_be_kept_are_told_once_and_kept_as_soon_as_they_can(self, files: Files) -> None:
+        files.publish(PLAN, {"rubric": RUBRIC})
+        (files.folder / "state").write_text("no folder")
+        section = files.section(state_dir=files.folder / "state")
+        metrics, clock = IngressMetrics(), Clock(time.time())
+        with pytest.raises(FloorError):
+            TrustState(section, AuditTrail(None), metrics, clock)
+        (files.folder / "state").unlink()
+        trail = AuditTrail.open(section.audit, "ingress-1", MASTER_KEY)
+        state = TrustState(section, trail, metrics, clock)
+        floors = files.folder / "state" / FLOORS_NAME
+        kept = floors.read_bytes()
+        floors.unlink()
+        floors.mkdir()
+        for _ in range(3):
+            state.reload()
+        assert state.in_force().is_shareable(PLAN, text_sha256(RUBRIC))
+        assert total(metrics, "manifest_refusals_total", reason="floors_not_kept") == 1
+        floors.rmdir()
+        state.reload()
+        assert floors.read_bytes() == kept
+        assert self.events(files, trail) == [
+            ("policy.load", None),
+            ("manifest.load", 1),
+            ("manifest.refuse", "floors_not_kept"),
+        ]
 
     def test_a_broken_policy_leaves_the_old_one_and_is_told_once(self, files: Files) -> None:
         state, metrics, trail, _ = self.state(files)

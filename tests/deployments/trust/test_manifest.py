@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 import tempfile
 from contextlib import suppress
@@ -21,15 +22,20 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pydantic import ValidationError
 
 from deployments.claims.model import canonical_json
+from deployments.trust import manifest as manifest_module
 from deployments.trust.key_files import KeyFileError
 from deployments.trust.manifest import (
+    MAX_KEPT_TEXT_BYTES,
     MAX_MANIFEST_BYTES,
     MAX_REVISION,
     MAX_SEGMENTS,
+    TEXTS_FOLDER,
     Manifest,
     ManifestError,
     Reason,
     SharedSegment,
+    keep_texts,
+    kept_text,
     next_revision,
     publish,
     read_bounded,
@@ -753,6 +759,88 @@ def test_no_two_zones_share_a_file_name(tmp_path_factory: pytest.TempPathFactory
         return
     folder = tmp_path_factory.mktemp("names")
     assert len({publish(folder, manifest("a", zone=zone), ACME) for zone in zones}) == len(zones)
+
+
+# --- the texts beside the manifests ---
+
+
+def texts_in(folder: Path) -> set[str]:
+    place = folder / TEXTS_FOLDER
+    return {path.name for path in place.iterdir()} if place.exists() else set()
+
+
+def test_published_texts_lie_beside_their_manifest_byte_for_byte(tmp_path: Path) -> None:
+    texts = ("Rubric.\r\nPay what is due.\n", "", "Überprüfung")
+    publish(tmp_path, manifest(*texts), ACME, texts=texts)
+    assert [kept_text(tmp_path, digest_of(text)) for text in texts] == list(texts)
+    assert texts_in(tmp_path) == {digest_of(text) for text in texts}
+    assert kept_text(tmp_path, digest_of("another")) is None
+    assert kept_text(tmp_path / "none", digest_of("")) is None
+    assert (next_revision(tmp_path, GOLD), Folder(tmp_path).reasons()) == (2, {})
+
+
+@given(st.text(max_size=30), st.integers(0, 2**16), st.integers(1, 255), st.binary(max_size=2))
+def test_no_changed_byte_of_a_kept_text_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, text: str, place: int, change: int, tail: bytes
+) -> None:
+    folder = tmp_path_factory.mktemp("texts")
+    keep_texts(folder, [text])
+    path = folder / TEXTS_FOLDER / digest_of(text)
+    data = bytearray(text.encode() + tail)
+    if data:
+        data[place % len(data)] ^= change
+        path.write_bytes(data)
+        assert kept_text(folder, path.name) is None
+        path.write_bytes(data[:-1])
+        assert kept_text(folder, path.name) in (None, text)
+    keep_texts(folder, [text])  # what is damaged is kept again
+    assert kept_text(folder, path.name) == text
+
+
+def test_what_is_no_kept_text_is_none(tmp_path: Path) -> None:
+    place = tmp_path / TEXTS_FOLDER
+    place.mkdir()
+    binary, large = b"\xff\xfe", b"x" * (MAX_KEPT_TEXT_BYTES + 1)
+    for data in (binary, large):
+        digest = hashlib.sha256(data).hexdigest()
+        (place / digest).write_bytes(data)
+        assert kept_text(tmp_path, digest) is None
+    (place / digest_of("folder")).mkdir()
+    os.mkfifo(place / digest_of("pipe"))  # opening it would wait for a writer
+    assert [kept_text(tmp_path, digest_of(name)) for name in ("folder", "pipe")] == [None, None]
+
+
+def test_text_that_the_manifest_does_not_list_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not in the manifest"):
+        publish(tmp_path / "made", manifest("a"), ACME, texts=["a", "secret"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_beyond_the_bounds_are_refused_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = "x" * (MAX_KEPT_TEXT_BYTES + 1)
+    with pytest.raises(ManifestError, match="too_large"):
+        publish(tmp_path, manifest("a", large), ACME, texts=["a", large])
+    assert list(tmp_path.iterdir()) == []
+    keep_texts(tmp_path, [large[1:]])
+    monkeypatch.setattr(manifest_module, "MAX_KEPT_TEXTS", 3)
+    publish(tmp_path, manifest("a", "b"), ACME, texts=["a", "b"])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ManifestError, match="too_many"):
+        publish(tmp_path, manifest("a", "c", revision=2), ACME, texts=["a", "c"])
+    assert sorted(tmp_path.rglob("*")) == before
+    publish(tmp_path, manifest("b", "a", revision=2), ACME, texts=["b", "a"])  # those there need no room
+
+
+def test_manifest_is_not_published_before_its_texts_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest_module, "replace_file", full)
+    with pytest.raises(OSError, match="No space"):
+        publish(tmp_path, manifest("a"), ACME, texts=["a"])
+    assert list(tmp_path.glob("*.json")) == []
 
 
 # --- a random walk ---

@@ -193,6 +193,18 @@ def test_shipped_policy_gives_own_cases_and_the_reading_of_public_and_own_plans(
     assert allowed(shipped, BOB, RIVAL_CASE) == {"read", "write"}
 
 
+def test_shipped_roles_pin_and_purge_what_is_theirs() -> None:
+    shipped = load_policy(DEFAULT_POLICY)
+    admin = Principal("ann", "acme", EPHEMERAL, frozenset({"zone-admin"}))
+    operator = Principal("ann", "acme", EPHEMERAL, frozenset({"operator"}))
+    theirs = {"pin", "purge"}
+    assert [allowed(shipped, admin, zone) & theirs for zone in (GOLD, CASE, PUBLIC, RIVAL_PLAN, RIVAL_CASE)] == [
+        theirs, theirs, set(), set(), set(),
+    ]  # fmt: skip
+    assert [allowed(shipped, operator, zone) & theirs for zone in (GOLD, CASE, PUBLIC)] == [set(), set(), theirs]
+    assert all(not allowed(shipped, ANN, zone) & theirs for zone in (GOLD, CASE, PUBLIC))
+
+
 @given(principals, verbs, zones)
 def test_shipped_policy_reaches_no_other_tenant(principal: Principal, verb: Verb, zone: Zone) -> None:
     decision = load_policy(DEFAULT_POLICY).decide(principal, verb, zone)

@@ -16,6 +16,7 @@ from deployments.trust.manifest import (
     Manifest,
     ManifestError,
     SharedSegment,
+    kept_text,
     next_revision,
     publish,
     rfc3339,
@@ -200,6 +201,17 @@ def test_second_start_publishes_nothing_until_the_year_is_nearly_over(tmp_path: 
     assert [signed.manifest.revision for signed in in_force.values()] == [2, 2]
     assert load(tmp_path, renewal + 1 + SHIPPED_VALIDITY_S).in_force() == {}
     assert len(publish_shipped(tmp_path, KEY, LOCAL, now=renewal + 10 * SHIPPED_VALIDITY_S, **SHIPPED)) == 2
+
+
+def test_shipped_texts_lie_beside_their_manifests_and_are_kept_again_where_they_have_gone(tmp_path: Path) -> None:
+    publish_shipped(tmp_path, KEY, LOCAL, now=NOW, **SHIPPED)
+    segments = shared_segments("local", load_plan("synthetic-ppo"))
+    texts = [segment.text for segment in segments]
+    assert [kept_text(tmp_path, segment.content_digest) for segment in segments] == texts
+    for path in (tmp_path / "texts").iterdir():
+        path.unlink()
+    assert publish_shipped(tmp_path, KEY, LOCAL, now=NOW + 1, **SHIPPED) == ()
+    assert [kept_text(tmp_path, segment.content_digest) for segment in segments] == texts
 
 
 def test_changed_shipped_text_is_published_and_the_old_one_is_shared_no_more(

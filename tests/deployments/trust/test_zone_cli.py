@@ -94,7 +94,7 @@ def test_each_publication_takes_the_place_of_the_one_before(desk: Desk) -> None:
     assert desk.publish(first).exit_code == 0
     assert "revision 2" in desk.publish(second).output
     assert desk.publish(first, zone="public").exit_code == 0
-    assert sorted(path.name for path in desk.out.iterdir()) == [
+    assert sorted(path.name for path in desk.out.glob("*.json")) == [
         "public.r1.json",
         "tenant..acme..plan..gold.r1.json",
         "tenant..acme..plan..gold.r2.json",
