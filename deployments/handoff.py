@@ -213,7 +213,9 @@ class DecodeHandoff:
                 self.first_token = event  # first: the output may be the last, and then tells where the prompt came from
                 self._host.publish(output)
 
-        self.first_token = event  # before it is given out: it may be the last, and where its prompt came from is told then
+        self.first_token = (
+            event  # before it is given out: it may be the last, and where its prompt came from is told then
+        )
         await self._host.call(accept)
         self._first_token_at_s = self._clock()
         self._first_token_settled.set()
