@@ -143,8 +143,8 @@ def start_deployment(model_path: Path, folder: Path) -> Iterator[Deployment]:
     document = yaml.safe_load((BUNDLED / "local.yaml").read_text())
     document["model"] |= {"name": str(model_path), "dtype": "float32", "max_model_len": 4096}
     document["engine"] |= {"max_num_batched_tokens": 128, "max_prefill_chunk": 128}
-    document["prefill"] |= {"num_blocks": 400}
-    document["decode"] |= {"num_blocks": 400}
+    document["prefill"] |= {"num_blocks": 440}
+    document["decode"] |= {"num_blocks": 440}
     document["claims"] |= {"max_claims_per_call": 100}
     document["ingress"] |= {"port": _free_port()}
     document["routing"] |= {"reserve_timeout_s": 20, "request_timeout_s": 120}
@@ -154,6 +154,7 @@ def start_deployment(model_path: Path, folder: Path) -> Iterator[Deployment]:
         "create_missing": True,
         "state_dir": str(folder / "state"),
         "quotas": {"public_cap": 0.1},
+        "prewarm_share": 0.3,
         "report_cached_tokens": True,
         "jwt": {"jwks_file": str(folder / "jwks.json"), "issuer": ISSUER, "audience": AUDIENCE},
         "policy_file": str(folder / "policy.yaml"),

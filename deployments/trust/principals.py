@@ -13,7 +13,6 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deployments.trust.key_files import KeyFileError, read_key_file, replace_file
-from deployments.trust.keyring import read_keyring
 from engine.zone import Zone, ZoneKind, is_zone_name
 
 MAX_KEYS = 10_000
@@ -154,15 +153,6 @@ def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
     where = ".".join(map(str, fault["loc"])) or "top level"
     return f"{where}: {fault['msg']}"
-
-
-def read_master_key(path: Path | None) -> bytes:
-    """The current key of `read_keyring`.
-
-    Raises:
-        KeyFileError: As there.
-    """
-    return read_keyring(path).current
 
 
 def create_missing_keys(keys_file: Path, master_key_file: Path, client_key_file: Path) -> None:

@@ -64,13 +64,14 @@ def test_key_files_are_under_a_mounted_secret(config: ZoneserveConfig) -> None:
     assert not config.trust.create_missing
 
 
-def test_the_audit_log_is_on_a_volume_of_the_ingress_pods_that_outlives_them(config: ZoneserveConfig) -> None:
+def test_audit_logs_and_epochs_are_on_a_volume_that_outlives_the_pods_of_every_pool(config: ZoneserveConfig) -> None:
     assert config.trust.audit is not None
+    assert config.trust.state_dir is not None
+    assert config.trust.state_dir.parent == config.trust.audit.dir.parent
     service = yaml.safe_load((BASE_MANIFESTS / "rayservice.yaml").read_text(encoding="utf-8"))
     for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
         pod = group["template"]["spec"]
         claims = {volume["name"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume}
         mounts = [m for m in pod["containers"][0]["volumeMounts"] if m["name"] in claims and not m.get("readOnly")]
         # The folder itself must be made by its writer, who alone may read it: a mount point is the volume's.
-        expected = [str(config.trust.audit.dir.parent)] if group["groupName"] == Role.INGRESS else []
-        assert [mount["mountPath"] for mount in mounts] == expected
+        assert [mount["mountPath"] for mount in mounts] == [str(config.trust.audit.dir.parent)]

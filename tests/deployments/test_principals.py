@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.trust.key_files import KeyFileError
+from deployments.trust.keyring import read_keyring
 from deployments.trust.principals import (
     KEY_PREFIX,
     LOCAL_PRINCIPAL,
@@ -22,7 +23,6 @@ from deployments.trust.principals import (
     Principal,
     Principals,
     create_missing_keys,
-    read_master_key,
 )
 from engine.zone import EPHEMERAL, Zone
 from tests.deployments.support import write_yaml
@@ -197,7 +197,7 @@ def test_entry_that_cannot_be_trusted_is_refused_by_name(tmp_path: Path, documen
 def test_master_key_is_the_newest_of_the_ring(tmp_path: Path) -> None:
     path = tmp_path / "master.key"
     path.write_text("  " + "0a" * 32 + "\n" + "0b" * 32, encoding="ascii")
-    assert read_master_key(path) == b"\n" * 32
+    assert read_keyring(path).current == b"\n" * 32
 
 
 class TestCreateMissingKeys:
@@ -214,7 +214,7 @@ class TestCreateMissingKeys:
         assert principal is not None
         assert principal.zone == EPHEMERAL
         assert principal.roles == {"zone-admin", "operator"}
-        assert len(read_master_key(master_key_file)) == 32
+        assert len(read_keyring(master_key_file).current) == 32
         assert key not in keys_file.read_text(encoding="utf-8")
 
     def test_only_the_owner_may_read_them(self, paths: tuple[Path, Path, Path]) -> None:

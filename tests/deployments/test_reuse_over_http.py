@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.model]
 
 def usage(deployment: Deployment, text: str, tenant: str, *, stream: bool = False) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "model": MODEL, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 2
+        "model": MODEL, "messages": [{"role": "system", "content": text}], "temperature": 0, "max_tokens": 2
     }  # fmt: skip
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}

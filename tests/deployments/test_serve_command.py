@@ -48,6 +48,7 @@ class Served:
         document["model"] |= {"dtype": "float32", "max_model_len": 4096}
         document["decode"] |= {"num_blocks": 320}
         document["prefill"] |= {"num_blocks": 320}
+        document["trust"] |= {"report_cached_tokens": False, "metrics_role": "operator"}
         (folder / "monolithic.yaml").write_text(yaml.safe_dump(document))
         self.folder = folder
         self.url = f"http://127.0.0.1:{(port := free_port())}"
@@ -97,6 +98,16 @@ def served(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             running.process.wait(END_TIMEOUT_S)
 
 
+def test_where_nothing_of_reuse_is_told_usage_has_no_cached_tokens_and_metrics_ask_for_a_role(served: Served) -> None:
+    headers = {"Authorization": f"Bearer {served.key}"}
+    body = {"model": "smollm2-135m-instruct", "prompt": "One visit a day. " * 30, "max_tokens": 2}
+    for _ in range(2):
+        answer = httpx.post(f"{served.url}/v1/completions", json=body, headers=headers, timeout=60.0).json()
+        assert set(answer["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    assert httpx.get(f"{served.url}/metrics", timeout=20.0).status_code == 401
+    assert "zoneserve_prompt_tokens_total" in httpx.get(f"{served.url}/metrics", headers=headers, timeout=20.0).text
+
+
 def test_one_pool_gives_the_tokens_of_transformers_too(
     served: Served, greedy_prompts, greedy_oracle, tokenizer
 ) -> None:
@@ -112,7 +123,7 @@ def test_one_pool_gives_the_tokens_of_transformers_too(
         headers = {"Authorization": f"Bearer {served.key}"}
         answer = httpx.post(f"{served.url}/v1/completions", json=body, headers=headers, timeout=60.0).json()
         assert answer["choices"][0]["text"] == tokenizer.decode(greedy_oracle[name]), name
-    exposed = httpx.get(f"{served.url}/metrics", timeout=20.0).text
+    exposed = httpx.get(f"{served.url}/metrics", headers=headers, timeout=20.0).text
     assert re.search(r'origin="decode_computed".* [1-9]', exposed)
     assert not re.search(r'^zoneserve_prompt_tokens_total\{origin="prefill.* [1-9]', exposed, re.MULTILINE)
 

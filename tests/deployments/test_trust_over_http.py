@@ -21,10 +21,10 @@ from deployments.review_client import SAMPLES
 from deployments.trust.audit.chain import Record, chain_key
 from deployments.trust.audit.files import AuditDirectory
 from deployments.trust.audit.verify import merged, verify
+from deployments.trust.keyring import read_keyring
 from deployments.trust.manifest import Manifest, SharedSegment, publish, rfc3339
 from deployments.trust.manifest_keys import read_signing_key
 from deployments.trust.policy import DEFAULT_POLICY, load_policy
-from deployments.trust.principals import read_master_key
 from load_tests.exposition import Exposition
 from tests.local_deployment import Deployment
 
@@ -77,9 +77,9 @@ def hits(deployment: Deployment, call: Callable[[], httpx.Response]) -> float:
 def records(deployment: Deployment) -> list[Record]:
     """All audit records; fails where the logs do not verify."""
     assert deployment.config.trust.audit is not None
-    key = chain_key(read_master_key(deployment.config.trust.master_key_file))
+    keys = [chain_key(key) for key in read_keyring(deployment.config.trust.master_key_file).keys]
     with closing(AuditDirectory(deployment.config.trust.audit.dir)) as directory:
-        result = verify(directory, [key])
+        result = verify(directory, keys)
         assert result.is_intact, result.findings
         return list(merged(directory, result))
 

@@ -192,6 +192,26 @@ def test_a_request_that_floors_keep_out_waits_and_is_no_work_until_there_is_room
     assert serve(engine, "rival again", RIVAL_CASE) == 16
 
 
+def test_room_that_comes_without_a_change_in_what_is_available_is_noticed() -> None:
+    """Three idle blocks above the floor became three free ones, and the prefix may be used without going under it."""
+    quotas = Quotas(tenants={"acme": Quota(floor=4)})
+    engine = ToyEngine(24, quotas=quotas, max_model_len=72, local_output_reserve=0)
+    serve(engine, "plan", PLAN)
+    serve(engine, "case", CASE, prompt=tokens_of(8, 13))
+    assert engine.reserve(make_request("r", tokens_of(7, 68), RIVAL_CASE, max_tokens=1)) is not None
+    spans = (ZoneSpan(16, PLAN), ZoneSpan(28, OTHER_CASE))
+    prompt = PROMPT[:16] + tokens_of(9, 12)
+    engine.add_request(make_request("late", prompt, spans, max_tokens=1))
+    assert engine.step() == []
+    assert (engine.has_work, engine._pool.num_available) == (False, 3)
+    engine.clock.now_s += 900.0
+    assert engine.expire() == 3
+    assert (engine.has_work, engine._pool.num_available) == (True, 3)
+    engine.run()
+    assert engine.last("late").num_cached_tokens == 16
+    assert engine.tokens("late") == ToyModel.continuation(prompt, 1, ignore_eos=True)
+
+
 def test_what_a_cap_takes_from_a_preempted_request_is_not_the_prefix_that_the_next_one_counts_on() -> None:
     quotas = Quotas(default=Quota(cap=4))
     engine = ToyEngine(12, quotas=quotas, max_model_len=48, local_output_reserve=0)

@@ -140,7 +140,7 @@ def test_a_client_that_leaves_during_the_push_leaves_nothing(clean_deployment: D
 
 
 def test_a_client_that_leaves_the_queue_leaves_nothing(clean_deployment: Deployment, greedy_prompts) -> None:
-    """Of the 400 blocks of decode 53 hold shared texts: two reservations fit, the third waits for room."""
+    """Of the 440 blocks of decode 111 hold shared texts: two reservations fit, the third waits for room."""
     first = Client(clean_deployment, long_prompt(greedy_prompts, 2400))
     second = Client(clean_deployment, long_prompt(greedy_prompts, 2400, shift=100))
     clean_deployment.wait_until(lambda: clean_deployment.stats("decode")["reserved"] == 2, 10.0)

@@ -69,6 +69,7 @@ def run_tests(folder: Path, tests: Sequence[str], module: str = "engine") -> tup
         MutantError: It did not, or the run does not end in time.
     """
     output = folder / "output.txt"
+    output.touch()  # also where the process ends before it begins
     process = _forks.Process(target=_run_pytest, args=(folder, output, tests, module))
     process.start()
     process.join(RUN_TIMEOUT_S)

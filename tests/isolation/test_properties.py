@@ -233,6 +233,24 @@ def test_an_engine_finds_only_blocks_whose_tokens_zones_and_epochs_all_agree(pai
     assert num_shared(first, second, with_labels=True) <= num_found <= num_shared(first, second, with_labels=False)
 
 
+@given(prompts, st.data(), st.booleans())
+def test_after_a_purge_nothing_that_holds_text_of_the_zone_is_found(
+    prompt: Prompt, data: st.DataObject, knows_of_it: bool
+) -> None:
+    """By a request of the new epoch, nor by any that still has the old: those leave nothing for each other either."""
+    engine = ToyEngine()
+    engine.run(prompt.request("before"))
+    zone = data.draw(st.sampled_from([zone for zone in prompt.labels if zone.is_cacheable] or [PUBLIC]))
+    epoch = prompt.epoch(zone) + 1
+    engine.purge(zone.path, epoch)
+    engine.check()
+    again = replace(prompt, epochs=(*prompt.epochs, (zone, epoch))) if knows_of_it else prompt
+    first = prompt.labels.index(zone) // BLOCK_SIZE if zone in prompt.labels else len(prompt.labels)
+    for name in ("after",) if knows_of_it else ("after", "and after"):
+        engine.run(again.request(name))
+        assert engine.last(name).num_cached_tokens <= first * BLOCK_SIZE
+
+
 @given(prompts, st.integers(1, 9))
 def test_a_block_over_a_change_of_zone_is_as_private_as_all_its_tokens_and_all_before_it(
     prompt: Prompt, block_size: int

@@ -62,11 +62,12 @@ def test_server_gets_keys_of_its_own_that_only_the_owner_reads(tmp_path: Path) -
 
 def test_prepared_configuration_is_one_that_the_deployment_takes(tmp_path: Path) -> None:
     from deployments.config import load_config
-    from deployments.trust.principals import Principals, read_master_key
+    from deployments.trust.keyring import read_keyring
+    from deployments.trust.principals import Principals
 
     prepared, key_files = local._prepare(tmp_path, local.LOCAL_CONFIG, 8123)
     config = load_config(prepared)
-    assert read_master_key(config.trust.master_key_file)
+    assert read_keyring(config.trust.master_key_file).current
     key = key_files[local.PRINCIPAL["principal"]].read_text(encoding="utf-8").strip()
     principal = Principals.from_file(config.trust.keys_file).authenticate(f"Bearer {key}")
     assert principal is not None

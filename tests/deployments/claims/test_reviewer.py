@@ -54,7 +54,7 @@ ADD_ON = claim(line(1, "90472"))
 def test_a_review_carries_what_the_schema_asks_for():
     result = review(OVER_LIMIT)
     assert result.review["created"] == "2026-10-06T07:30:00Z"
-    assert result.review["zone"].startswith("tenant/acme/case/c-1-")
+    assert result.review["zone"].startswith("tenant/acme/case/claim-")
     assert result.review["model"] == {"id": "scripted", "revision": "1", "kv_profile": "plain"}
     assert result.review["narrative_ref"] == "c-1.md"
     assert result.file_stem == "c-1"
