@@ -138,10 +138,11 @@ class TestResidentTexts:
     def test_shared_texts_are_pinned_on_both_pools_before_anyone_asks(self, clean_deployment: Deployment) -> None:
         for role in ("decode", "prefill"):
             pinned = total(clean_deployment, "kv_blocks_pinned", role=role)
-            assert pinned >= 30, role
+            assert pinned >= 100, role
             assert clean_deployment.stats(role)["blocks_pinned"] == pinned
         failures = metrics(clean_deployment).by_label("zoneserve_prewarm_failures_total", "reason")
-        assert set(failures) <= {"no_text"}  # of manifests that other tests sign without keeping the text
+        # Four tenants' plans are more than this small pool may pin; other tests sign manifests without keeping a text.
+        assert set(failures) <= {"no_room", "no_text"}
 
 
 class TestRotation:
