@@ -17,13 +17,12 @@ from deployments.handoff import DecodeHandoff
 from deployments.messages import GenerateCall, Provenance, TokenEvent, TokenLogprob
 from deployments.replica import EngineReplica, ReplicaParts, build_parts
 from deployments.trust.transfer_records import grant_denial
-from deployments.trust.zone_grant import KEY_SETTLE_PERIODS, GrantRefused, GrantVerifier
+from deployments.trust.zone_grant import GrantRefused
 from engine.engine import RequestOutput, Reservation
 from engine.errors import EngineError, QueueFullError, RequestError
 from engine.request import FinishReason, Request
 from engine.sampler import SampledToken
 from transfer.handoff import HandoffReceiver
-from transfer.ticket import TicketSealer
 
 logger = logging.getLogger("ray.serve.zoneserve.decode")
 
@@ -41,9 +40,6 @@ class DecodeReplica(EngineReplica):
         parts = parts or build_parts(self.role, config, config.decode, model_path)
         super().__init__(config, parts)
         self._prefill = prefill
-        self.grants = GrantVerifier(parts.grant_keys, parts.unix_time_s)
-        settle_s = KEY_SETTLE_PERIODS * config.trust.policy_reload_s
-        self._sealer = TicketSealer(parts.transfer_keys, parts.unix_time_s, settle_s)
         self._receiver = HandoffReceiver(
             self.connector,
             self._sealer,
@@ -57,11 +53,6 @@ class DecodeReplica(EngineReplica):
     def record_replica_metadata(self) -> dict[str, str]:
         """What Ray knows this replica by."""
         return {"role": self.role, "actor": ray.get_runtime_context().get_actor_name() or ""}
-
-    def rotate(self, transfer_keys: tuple[bytes, ...], grant_keys: tuple[bytes, ...]) -> None:
-        """Take new rings, newest key first. Work under way keeps the keys that it began with. Raises ValueError."""
-        self._sealer.set_keys(transfer_keys)
-        self.grants.set_keys(grant_keys)
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[TokenEvent]:
         """Tokens of one sequence as they come. Cancelling it frees everything on both sides."""

@@ -14,7 +14,7 @@ from deployments.errors import AuditUnavailable
 from deployments.messages import FirstToken, PrefillCall, PrefillDone, PrefillEvent, PrefillRefused
 from deployments.replica import EngineReplica, ReplicaParts, build_parts
 from deployments.trust.transfer_records import grant_denial, transfer_record
-from deployments.trust.zone_grant import GrantRefused, GrantVerifier
+from deployments.trust.zone_grant import GrantRefused
 from engine.engine import RequestOutput
 from engine.errors import EngineError
 from engine.kv_cache import KVCacheLayout
@@ -22,7 +22,7 @@ from engine.request import FinishReason, Request
 from transfer.handoff import HandoffSender, PushSession
 from transfer.notice import AbortReason
 from transfer.protocol import PeerIncompatible, TransferError
-from transfer.ticket import Expectation, ReplayGuard, TicketRefused, TicketSealer, TicketVerifier
+from transfer.ticket import Expectation, ReplayGuard, TicketRefused, TicketVerifier
 
 logger = logging.getLogger("ray.serve.zoneserve.prefill")
 
@@ -41,8 +41,6 @@ class PrefillReplica(EngineReplica):
     def __init__(self, config: ZoneserveConfig, model_path: str, parts: ReplicaParts | None = None) -> None:
         parts = parts or build_parts(self.role, config, config.prefill, model_path)
         super().__init__(config, parts)
-        self.grants = GrantVerifier(parts.grant_keys, parts.unix_time_s)
-        self._sealer = TicketSealer(parts.transfer_keys, parts.unix_time_s)
         self._epoch_floor = parts.engine.epoch_floor  # a look into a table, between two bytecodes
         verifier = TicketVerifier(
             self._sealer,
@@ -63,11 +61,6 @@ class PrefillReplica(EngineReplica):
     def record_replica_metadata(self) -> dict[str, str]:
         """What a decode replica needs in order to know this one's end of the transfer."""
         return {"role": self.role, "handshake": base64.b64encode(self.connector.handshake()).decode()}
-
-    def rotate(self, transfer_keys: tuple[bytes, ...], grant_keys: tuple[bytes, ...]) -> None:
-        """Take new rings, newest key first. Work under way keeps the keys that it began with. Raises ValueError."""
-        self._sealer.set_keys(transfer_keys)
-        self.grants.set_keys(grant_keys)
 
     async def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
         """Compute, push, and hand over the first token as soon as it exists.

@@ -26,6 +26,7 @@ from deployments.trust.receipts import ReplicaPurge
 from deployments.trust.trail import AuditTrail
 from deployments.trust.upkeep import GRANT_KEY_INFO, TRANSFER_KEY_INFO, Upkeep, note_cache_events, quotas_of
 from deployments.trust.warm import Warmer
+from deployments.trust.zone_grant import KEY_SETTLE_PERIODS, GrantVerifier
 from engine.block_hash import BlockHasher, HashContext
 from engine.cache_events import CacheEvent
 from engine.checkpoint import load_checkpoint
@@ -35,6 +36,7 @@ from engine.scheduler import SchedulerConfig
 from engine.tokenizer import Tokenizer
 from transfer.nixl_connector import NixlConnector
 from transfer.protocol import KVConnector, KVPool
+from transfer.ticket import TicketSealer
 
 logger = logging.getLogger("ray.serve.zoneserve.replica")
 
@@ -71,6 +73,7 @@ class EngineReplica:
         connector: This process's end of the KV transfer, over the engine's own blocks.
         metrics: Registry scraped through `metrics_text`.
         trail: This replica's own audit log.
+        grants: Checks what the ingress sealed.
     """
 
     role: str
@@ -82,6 +85,9 @@ class EngineReplica:
         self.connector = parts.connector
         self.metrics = parts.metrics
         self.trail = parts.trail
+        self.grants = GrantVerifier(parts.grant_keys, parts.unix_time_s)
+        settle_s = KEY_SETTLE_PERIODS * config.trust.policy_reload_s
+        self._sealer = TicketSealer(parts.transfer_keys, parts.unix_time_s, settle_s)
         self._upkeep = parts.upkeep
         self._upkeep_task: asyncio.Task[None] | None = None
         self.metrics.engine_info.labels(self.runner.arithmetic).set(1)
@@ -102,8 +108,9 @@ class EngineReplica:
         note_cache_events(self.trail, events)
 
     def rotate(self, transfer_keys: tuple[bytes, ...], grant_keys: tuple[bytes, ...]) -> None:
-        """Take other keys into use, newest first; what is under way keeps those it began with."""
-        raise NotImplementedError
+        """Take new rings, newest key first. Work under way keeps the keys that it began with. Raises ValueError."""
+        self._sealer.set_keys(transfer_keys)
+        self.grants.set_keys(grant_keys)
 
     async def purge(self, zone_path: str, epoch: int) -> ReplicaPurge:
         """Forget a zone up to `epoch`; its blocks are scrubbed, those in use when they are given back."""
